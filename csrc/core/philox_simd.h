@@ -1,0 +1,126 @@
+// CPU kernels only: core/philox.h a chunk at a time. Same bits, by test (tests/test_random.py).
+#pragma once
+#include "core/philox.h"
+#include "core/simd.h"
+
+namespace gmk { namespace GMK_ISA_NS { namespace {
+
+constexpr int kChunkBlocks = 64;
+constexpr int kChunk = 4 * kChunkBlocks;  // numbers: 1 KiB of float32 stays in L1
+
+struct PhiloxAt {
+  PhiloxKey key;
+  uint32_t step, stream;
+};
+
+#if defined(__AVX2__)
+// Each 32-bit word lives in a 64-bit lane, so that the widening multiply leaves high:low in place; what remains in the
+// upper half is ignored by the next multiply. Lanes hold blocks 0,4,1,5,2,6,3,7 (AVX2: 0,2,1,3), the order in which
+// unpacklo/unpackhi put Box-Muller pairs into row-major order without a permutation.
+#if defined(__AVX512F__)
+typedef __m512i vwide;
+constexpr int kWide = 8;
+GMK_INLINE vwide wide_mul(vwide a, vwide b) { return _mm512_mul_epu32(a, b); }
+GMK_INLINE vwide wide_high(vwide a) { return _mm512_srli_epi64(a, 32); }
+GMK_INLINE vwide wide_xor(vwide a, vwide b, vwide c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+GMK_INLINE vwide wide_set(uint64_t x) { return _mm512_set1_epi64((long long)x); }
+GMK_INLINE vwide wide_pack(vwide even, vwide odd) {
+  return _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+}
+GMK_INLINE vwide wide_blocks(uint32_t low) {
+  return _mm512_add_epi64(wide_set(low), _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0));
+}
+GMK_INLINE void unpack(const uint32_t* a, const uint32_t* b, uint32_t* out) {
+  const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+  _mm512_storeu_si512(out, _mm512_unpacklo_epi32(x, y));
+  _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi32(x, y));
+}
+#else
+typedef __m256i vwide;
+constexpr int kWide = 4;
+GMK_INLINE vwide wide_mul(vwide a, vwide b) { return _mm256_mul_epu32(a, b); }
+GMK_INLINE vwide wide_high(vwide a) { return _mm256_srli_epi64(a, 32); }
+GMK_INLINE vwide wide_xor(vwide a, vwide b, vwide c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+GMK_INLINE vwide wide_set(uint64_t x) { return _mm256_set1_epi64x((long long)x); }
+GMK_INLINE vwide wide_pack(vwide even, vwide odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }
+GMK_INLINE vwide wide_blocks(uint32_t low) {
+  return _mm256_add_epi64(wide_set(low), _mm256_set_epi64x(3, 1, 2, 0));
+}
+GMK_INLINE void unpack(const uint32_t* a, const uint32_t* b, uint32_t* out) {
+  const __m256i x = _mm256_loadu_si256((const __m256i*)a), y = _mm256_loadu_si256((const __m256i*)b);
+  _mm256_storeu_si256((__m256i*)out, _mm256_unpacklo_epi32(x, y));
+  _mm256_storeu_si256((__m256i*)(out + 8), _mm256_unpackhi_epi32(x, y));
+}
+#endif
+
+// Words 0|2 of every block into `even`, words 1|3 into `odd`. block % kChunkBlocks == 0, so its low word cannot wrap.
+GMK_INLINE void chunk_words(uint32_t* even, uint32_t* odd, uint64_t block, PhiloxAt at) {
+  const vwide m0 = wide_set(0xD2511F53u), m1 = wide_set(0xCD9E8D57u);
+  const vwide high = wide_set(block >> 32), step = wide_set(at.step), stream = wide_set(at.stream);
+  for (int v = 0; v < kChunkBlocks / kWide; v += 4) {  // four independent chains hide the multiply's latency
+    vwide c0[4], c1[4], c2[4], c3[4];
+    for (int j = 0; j < 4; ++j) {
+      c0[j] = wide_blocks(uint32_t(block) + uint32_t((v + j) * kWide));
+      c1[j] = high;
+      c2[j] = step;
+      c3[j] = stream;
+    }
+    uint32_t k0 = at.key.lo, k1 = at.key.hi;
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      const vwide a = wide_set(k0), b = wide_set(k1);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const vwide p0 = wide_mul(c0[j], m0), p1 = wide_mul(c2[j], m1);
+        c0[j] = wide_xor(wide_high(p1), c1[j], a);
+        c2[j] = wide_xor(wide_high(p0), c3[j], b);
+        c1[j] = p1;
+        c3[j] = p0;
+      }
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    for (int j = 0; j < 4; ++j) {
+      const vwide e = wide_pack(c0[j], c2[j]), o = wide_pack(c1[j], c3[j]);
+      memcpy(even + (v + j) * 2 * kWide, &e, sizeof e);
+      memcpy(odd + (v + j) * 2 * kWide, &o, sizeof o);
+    }
+  }
+}
+
+// The kChunk normals of blocks block .. block + kChunkBlocks - 1, row-major.
+GMK_INLINE void chunk_normals(float* out, uint64_t block, PhiloxAt at) {
+  alignas(64) uint32_t even[kChunk / 2], odd[kChunk / 2];
+  alignas(64) float c[kChunk / 2], s[kChunk / 2];
+  chunk_words(even, odd, block, at);
+#pragma omp simd
+  for (int i = 0; i < kChunk / 2; ++i) {
+    float sine, cosine;
+    const float radius = rn_sqrt(minus_2_log(even[i]));
+    sincos_2pi(odd[i], &sine, &cosine);
+    c[i] = radius * cosine;
+    s[i] = radius * sine;
+  }
+  for (int i = 0; i < kChunk / 2; i += 2 * kWide)
+    unpack((const uint32_t*)(c + i), (const uint32_t*)(s + i), (uint32_t*)(out + 2 * i));
+}
+GMK_INLINE void chunk_uniforms(float* out, uint64_t block, PhiloxAt at) {
+  alignas(64) uint32_t even[kChunk / 2], odd[kChunk / 2], words[kChunk];
+  chunk_words(even, odd, block, at);
+  for (int i = 0; i < kChunk / 2; i += 2 * kWide) unpack(even + i, odd + i, words + 2 * i);
+#pragma omp simd
+  for (int i = 0; i < kChunk; ++i) out[i] = uniform_from(words[i]);
+}
+#else
+GMK_INLINE void chunk_normals(float* out, uint64_t block, PhiloxAt at) {
+  for (int b = 0; b < kChunkBlocks; ++b) normals_from(philox(block + uint64_t(b), at.step, at.stream, at.key), out + 4 * b);
+}
+GMK_INLINE void chunk_uniforms(float* out, uint64_t block, PhiloxAt at) {
+  for (int b = 0; b < kChunkBlocks; ++b) {
+    const PhiloxWords words = philox(block + uint64_t(b), at.step, at.stream, at.key);
+    for (int i = 0; i < 4; ++i) out[4 * b + i] = uniform_from(words.w[i]);
+  }
+}
+#endif
+
+}}}  // namespace gmk::GMK_ISA_NS::(anonymous)

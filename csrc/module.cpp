@@ -1,0 +1,55 @@
+#include "core/dispatch.h"
+#include "core/tensor_args.h"
+
+#include <omp.h>
+
+namespace gmk {
+
+void bind_random(py::module_&);
+void bind_diffusion(py::module_&);
+void bind_gmm(py::module_&);
+void bind_masked_conv(py::module_&);
+
+#ifdef GMK_WITH_CUDA
+Status cuda_probe(int* runtime, int* driver, int* devices);  // cuda/probe.cu
+#endif
+
+}  // namespace gmk
+
+PYBIND11_MODULE(_C, m) {
+  using namespace gmk;
+  bind_random(m);
+  bind_diffusion(m);
+  bind_gmm(m);
+  bind_masked_conv(m);
+
+  m.def("isa", [] { return isa_name(isa_current()); });
+  m.def("isas", [] {
+    py::list names;
+    for (int isa = 0; isa < kIsaCount; ++isa)
+      if (isa_available(isa)) names.append(isa_name(isa));
+    return names;
+  });
+  m.def("set_isa", [](const std::string& name) {
+    if (!isa_set(name.c_str())) throw py::value_error("no instruction set " + name + " here");
+  });
+  m.def("openmp_threads", [](int threads) {  // the team that OpenMP really gives
+    int team = 0;
+#pragma omp parallel num_threads(threads)
+#pragma omp single
+    team = omp_get_num_threads();
+    return team;
+  });
+  m.attr("compiler") = __VERSION__;
+#ifdef GMK_WITH_CUDA
+  m.attr("with_cuda") = true;
+  m.attr("cuda_archs") = GMK_CUDA_ARCHS;
+  m.def("cuda_probe", [] {
+    int runtime = 0, driver = 0, devices = 0;
+    const Status status = cuda_probe(&runtime, &driver, &devices);
+    return py::make_tuple(runtime, driver, devices, status ? py::object(py::str(status)) : py::object(py::none()));
+  });
+#else
+  m.attr("with_cuda") = false;
+#endif
+}

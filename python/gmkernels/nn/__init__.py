@@ -1,0 +1,1 @@
+"""`torch.nn.Module` twins of the ops."""

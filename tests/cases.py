@@ -1,0 +1,47 @@
+"""What every family's tests share: devices, dtypes, shapes, tolerances, comparison with float64."""
+
+from dataclasses import dataclass
+
+import torch
+
+FLOATS = (torch.float32, torch.float64)
+ALL_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SIZES = (0, 1, 2, 3, 7, 15, 16, 17, 31, 33, 127)  # around SIMD words and warps, and primes
+
+# rtol, atol for results that take a handful of roundings; an op with a longer sum states its own bound.
+TOLERANCE = {
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (1.3e-6, 1e-5),
+    torch.bfloat16: (1.6e-2, 1e-5),
+    torch.float16: (1e-3, 1e-5),
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a test runs. On "simt" the tensors are CPU tensors and the CUDA kernels run in the emulator: keep it small."""
+
+    name: str  # "cpu", "simt", "cuda"
+
+    @property
+    def torch(self):
+        return "cuda" if self.name == "cuda" else "cpu"
+
+    @property
+    def simt(self):
+        return self.name == "simt"
+
+
+def data(*shape, dtype=torch.float64, device="cpu", seed=0, grad=False):
+    """Normal numbers, the same for every dtype and device."""
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return x.to(device=device, dtype=dtype).requires_grad_(grad)
+
+
+def close(got, want, dtype=None, rtol=None, atol=None):
+    """`got` is near `want` (float64), at the written tolerance of got's dtype."""
+    default = TOLERANCE[dtype or got.dtype]
+    torch.testing.assert_close(
+        got.detach().cpu().double(), want.detach().cpu().double(), equal_nan=True,
+        rtol=default[0] if rtol is None else rtol, atol=default[1] if atol is None else atol,
+    )

@@ -1,0 +1,50 @@
+import cases
+import pytest
+import torch
+
+from gmkernels import _C, _call
+
+
+def pytest_configure(config):
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(params=["cpu", "simt", "cuda"])
+def device(request):
+    """Every test that takes `device` runs on the CPU kernels, on the CUDA kernels in the emulator, and on a GPU."""
+    if request.param == "simt":
+        try:
+            from simt import backend
+        except ImportError as error:
+            pytest.skip(f"no emulator: {error}")
+        with backend.running():
+            yield cases.Device("simt")
+        return
+    if request.param == "cuda" and not (torch.cuda.is_available() and _C.with_cuda):
+        pytest.skip("no GPU")
+    yield cases.Device(request.param)
+
+
+@pytest.fixture(params=_C.isas())
+def isa(request):
+    """Every instruction set of this machine, one after the other."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """Counts kernel launches by name, so that a test can say which route was taken."""
+    calls = []
+    original = _call.Kernel.__call__
+
+    def counted(self, *args):
+        calls.append(self.name)
+        return original(self, *args)
+
+    monkeypatch.setattr(_call.Kernel, "__call__", counted)
+    return calls
+
+
