@@ -234,8 +234,8 @@ def _copy_out(simt, buffer, complete):
             missing = (_bytes(written, buffer, t) == 0).any(-1).nonzero()
             if len(missing):
                 what = f"{name} {str(t.dtype)[6:]}{list(t.shape)}"
-                yield Report("unwritten-output", f"{len(missing)} of {t.numel()} elements of {what} were never written, "
-                                                 f"the first at {missing[0].tolist()}")
+                text = f"{len(missing)} of {t.numel()} elements of {what} were never written, the first at "
+                yield Report("unwritten-output", text + str(missing[0].tolist()))
 
 
 def _name(buffer):
