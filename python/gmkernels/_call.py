@@ -79,6 +79,21 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
+_C.adopt_torch(torch.Tensor, torch.nn.Parameter, torch.empty_like, threads)
+
+
+def plain_eager() -> bool:
+    """May an op try its fast route (csrc/core/plain_tensor.h), which checks the tensors but cannot see the modes?"""
+    return not is_compiling() and Kernel.backend is None and not _observed()
+
+
+def written(*outs):
+    """Autograd must notice that tensors it may have saved have changed. None stands for an absent one."""
+    for o in outs:
+        if o is not None and not o.is_inference():
+            torch.autograd.graph.increment_version(o)
+
+
 class Kernel:
     """The C++ entry points `_C.<name>_cpu` and `_C.<name>_cuda`.
 
@@ -231,9 +246,7 @@ class Op:
             if device is not None and o.device != device:
                 raise ValueError(f"{self.name}: out is on {o.device}, the inputs on {device}")
         self._run(*args, out=out)
-        for o in out if isinstance(out, tuple) else (out,):
-            if not o.is_inference():  # autograd must notice that a tensor it may have saved has changed
-                torch.autograd.graph.increment_version(o)
+        written(*(out if isinstance(out, tuple) else (out,)))
         return out
 
     def _dispatch(self, args, out):
