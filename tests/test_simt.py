@@ -22,6 +22,7 @@ BUGS = {
     "vector_past_end": ("out-of-bounds", (), 102),
     "shared_past_end": ("out-of-bounds", (), 128),
     "dynamic_shared_past_end": ("out-of-bounds", (), 64),
+    "copy_past_end": ("out-of-bounds", ("race",), 64),
     "misaligned_vector": ("misaligned", (), 128),
     "misaligned_double": ("misaligned", (), 64),
     "uninitialised_output": ("uninitialised", (), 128),

@@ -59,6 +59,12 @@ GMK_BUG_KERNEL(dynamic_shared_past_end) {  // launched with 256 bytes
   out[i] = tile[bug ? 0 : tid];
 }
 
+GMK_BUG_KERNEL(copy_past_end) {
+  GMK_INDEX;
+  if (i >= n - 2) out[i] = x[i];
+  if (i == 0) memcpy(out, x + 2, size_t(n - (bug ? 1 : 2)) * 4);  // BUG copy_past_end
+}
+
 GMK_BUG_KERNEL(misaligned_vector) {
   GMK_INDEX;
   if (4 * i + 4 < n) store_pack(out + 4 * i, load_pack<float, 4>(x + 4 * i + (bug ? 1 : 0)));  // BUG misaligned_vector
@@ -350,6 +356,7 @@ Status bug_cuda(const Bug& a, int, void* stream) {
   GMK_RUN(vector_past_end);
   GMK_RUN(shared_past_end);
   GMK_RUN(dynamic_shared_past_end);
+  GMK_RUN(copy_past_end);
   GMK_RUN(misaligned_vector);
   GMK_RUN(misaligned_double);
   GMK_RUN(uninitialised_output);

@@ -10,6 +10,11 @@
 
 #include "simt.h"
 
+#ifdef __SANITIZE_THREAD__  // kernel sources, not the runtime
+extern "C" void* memcpy(void*, const void*, size_t) noexcept __asm__("gmk_simt_memcpy");
+extern "C" void* memset(void*, int, size_t) noexcept __asm__("gmk_simt_memset");
+#endif
+
 #define __global__
 #define __device__
 #define __host__

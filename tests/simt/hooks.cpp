@@ -2,6 +2,8 @@
 // linker binds the kernels to these and not to a sanitizer that happens to be loaded.
 #include "runtime.h"
 
+#include <string.h>
+
 using gmk_simt::access;
 using gmk_simt::Kind;
 
@@ -27,3 +29,13 @@ GMK_HOOK __tsan_func_entry(void*) {}
 GMK_HOOK __tsan_func_exit() {}
 GMK_HOOK __tsan_vptr_update(void**, void*) {}
 GMK_HOOK __tsan_vptr_read(void**) {}
+
+extern "C" void* gmk_simt_memcpy(void* to, const void* from, size_t bytes) noexcept {
+  if (bytes) access(uintptr_t(from), bytes, Kind::read, __builtin_return_address(0));
+  if (bytes) access(uintptr_t(to), bytes, Kind::write, __builtin_return_address(0));
+  return memcpy(to, from, bytes);
+}
+extern "C" void* gmk_simt_memset(void* to, int value, size_t bytes) noexcept {
+  if (bytes) access(uintptr_t(to), bytes, Kind::write, __builtin_return_address(0));
+  return memset(to, value, bytes);
+}

@@ -51,6 +51,10 @@ void* shared_dynamic(size_t align);
 void vector_load(const void* p, void* to, size_t bytes);
 void vector_store(void* p, const void* from, size_t bytes);
 
+// What memcpy and memset in a kernel become: the compiler puts no call of its own in front of them.
+extern "C" void* gmk_simt_memcpy(void* to, const void* from, size_t bytes) noexcept;
+extern "C" void* gmk_simt_memset(void* to, int value, size_t bytes) noexcept;
+
 // The block's barrier, with the vote that __syncthreads_count, _or and _and take along.
 enum Vote : int { kPlain, kCount, kOr, kAnd };
 int block_barrier(Vote vote, int value);
