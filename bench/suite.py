@@ -50,7 +50,7 @@ class Progress:
     """What is going on: one line that is rewritten on a terminal, one line per finished case elsewhere."""
 
     def __init__(self, stream=None):
-        self.stream = stream or sys.stderr
+        self.stream = sys.stderr if stream is None else stream
         self.live = self.stream.isatty()
         self.start = time.monotonic()
         self.title = ""
