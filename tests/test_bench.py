@@ -157,6 +157,37 @@ def test_a_crash_is_kept_and_the_rest_goes_on():
     assert "FAILED" in report.table(got)
 
 
+def test_interrupted_runs_keep_what_they_have():
+    def cases(quick, device):
+        yield case()
+        raise KeyboardInterrupt
+
+    got = suite.run({"a": SimpleNamespace(cases=cases), "b": family(case())}, progress=quiet(), case_seconds=0.02)
+    assert len(got["rows"]) == 1 and "interrupted" in got["crashes"][0]
+
+
+def test_one_case_alive_at_a_time():
+    import weakref
+
+    alive, counts = weakref.WeakSet(), []
+
+    class Data:
+        pass
+
+    def one():
+        data = Data()
+        alive.add(data)
+        return case(ours=lambda: data, rivals={})
+
+    def cases(quick, device):
+        for _ in range(3):
+            counts.append(len(alive))
+            yield one()
+
+    suite.run({"a": SimpleNamespace(cases=cases)}, progress=quiet(), case_seconds=0.02)
+    assert counts == [0, 0, 0]
+
+
 def test_after_the_deadline_rows_are_short_but_there():
     got = run(case(rivals={"slow": slow, "torch.compile": slow}), seconds=1e-9)
     row = got["rows"][0]
