@@ -113,6 +113,36 @@ def test_threads_are_set_and_restored(library, monkeypatch):
     assert set(seen) == {1} and torch.get_num_threads() == before
 
 
+def test_cuda_clock_flushes_before_every_call_and_times_only_the_call(monkeypatch):
+    """On fake events: what is recorded when. (No GPU needed.)"""
+    log, seen = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append(self)
+
+        def elapsed_time(self, end):  # milliseconds
+            assert log.index(end) == log.index(self) + 2 and log[log.index(self) + 1] == "call"
+            return 3.0
+
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 8)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("synchronize"))
+    clock = timing._CudaClock("cpu")
+
+    def call():
+        log.append("call")
+        seen.append(int(clock.trash.sum()))
+        clock.trash.fill_(1)
+
+    assert clock.sample(call, 4) == pytest.approx(3e-3)
+    assert seen == [0] * 4 and log[-1] == "synchronize" and log.count("synchronize") == 1
+    assert not clock.warms(1e-9)
+
+
 def test_ceiling_scales_and_binds():
     sized = case(bytes=8e6, flops=1e9, exps=1e5, normals=1e5)
     found = ceilings.ceilings(sized, "cpu")
