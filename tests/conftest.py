@@ -1,7 +1,7 @@
-import cases
 import pytest
 import torch
 
+import cases
 from gmkernels import _C, _call
 
 
