@@ -342,12 +342,13 @@ _SEED_LIMITS = (-(2**63), 2**64)
 def split_seed(seed, device, samples=None):
     """A `seed` argument as (seed tensor or None, seed int), the form of every random op's schema.
 
-    None: one 64-bit seed from torch's default CPU generator; under torch.compile a tensor drawn inside the graph.
+    None: one 64-bit seed from torch's default CPU generator; under torch.compile, tracers and modes a tensor drawn
+    where they see it (inside the graph).
     An int counts over the whole output. An int64 tensor of no dimension counts over the whole output too; one of shape
     [samples] gives each sample its own numbers, whatever batch it is in.
     """
     if seed is None:
-        if is_compiling():
+        if is_compiling() or _observed():
             return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device), 0
         return None, int(torch.randint(-(2**63), 2**63 - 1, ()))
     if isinstance(seed, torch.Tensor):
