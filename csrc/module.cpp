@@ -53,5 +53,6 @@ PYBIND11_MODULE(_C, m) {
   });
 #else
   m.attr("with_cuda") = false;
+  m.attr("cuda_missing") = GMK_CUDA_MISSING;  // why: `doctor` repeats it
 #endif
 }
