@@ -336,10 +336,13 @@ def check_same_dtype(name, t, **others):
 
 def check_int(name, value, low, high):
     """An integer in [low, high); bool is refused."""
-    try:
-        index = value.__index__()
-    except (AttributeError, TypeError):
-        index = None
+    if isinstance(value, int):  # also a symbolic one: __index__ would make torch.compile specialise
+        index = value
+    else:
+        try:
+            index = value.__index__()
+        except (AttributeError, TypeError):
+            index = None
     if index is None or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if not low <= index < high:
