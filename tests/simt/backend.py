@@ -277,13 +277,15 @@ def _run(options, name, outs, ins, scalars):
 
 
 @contextlib.contextmanager
-def running(schedule="ascending", seed=0, check=True, blocks=()):
+def running(schedule=None, seed=0, check=True, blocks=()):
     """Kernel calls run in the emulator until the end of the scope.
 
     schedule: "ascending", "descending", "random" (by `seed`), "preempt" (random, and threads are interrupted between
-    accesses). blocks: run only the blocks with these linear indices, for tensors too large to run whole.
+    accesses); None: the environment's GMK_SIMT_SCHEDULE, or ascending. blocks: run only the blocks with these linear
+    indices, for tensors too large to run whole.
     """
     simt = module()
+    schedule = schedule or os.environ.get("GMK_SIMT_SCHEDULE", "ascending")
     before = _call.Kernel.backend
     _call.Kernel.backend = functools.partial(_run, (SCHEDULES.index(schedule), seed, check, list(blocks)))
     try:
