@@ -201,6 +201,12 @@ def test_only_some_blocks():
     assert torch.equal(out[128:192], x[128:192]) and bool((out[:128] == -1).all()) and bool((out[192:] == -1).all())
 
 
+def test_scratch_need_not_be_written_whole(monkeypatch):
+    assert run("unwritten", True, 64)[1]
+    monkeypatch.setitem(backend._call.Kernel.scratch, "bug", 2)
+    assert not run("unwritten", True, 64)[1]
+
+
 def test_views_keep_their_alignment_and_bounds():
     x, out = torch.arange(300.0), torch.empty(256)
     with backend.running(), pytest.raises(backend.Reported, match="misaligned"):
