@@ -16,7 +16,7 @@ namespace {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + tid;                 \
   GMK_UNUSED
 
-// Memory ---------------------------------------------------------------------------------------------------------------
+// Memory ------------------------------------------------------------
 
 GMK_BUG_KERNEL(read_past_end) {
   GMK_INDEX;
@@ -145,7 +145,7 @@ GMK_BUG_KERNEL(stack_overflow) {
   out[i] = deep(x, bug ? 1000000 : 1);
 }
 
-// Races ----------------------------------------------------------------------------------------------------------------
+// Races ------------------------------------------------------------
 
 GMK_BUG_KERNEL(missing_barrier) {
   GMK_SHARED(tile, float[64]);
@@ -222,7 +222,7 @@ GMK_BUG_KERNEL(plain_counter) {
   else atomicAdd(state, 1u);
 }
 
-// Barriers and warps ---------------------------------------------------------------------------------------------------
+// Barriers and warps ------------------------------------------------------------
 
 GMK_BUG_KERNEL(divergent_barrier) {
   GMK_INDEX;
@@ -278,7 +278,7 @@ GMK_BUG_KERNEL(mma_with_half_a_warp) {
   out[i] = x[i] + d[0];
 }
 
-// cp.async -------------------------------------------------------------------------------------------------------------
+// cp.async ------------------------------------------------------------
 
 GMK_BUG_KERNEL(missing_wait) {
   GMK_SHARED(tile, float[256]);
@@ -309,7 +309,7 @@ GMK_BUG_KERNEL(copies_never_waited) {
   out[i] = x[i];
 }
 
-// Not bugs: primitives against their models ----------------------------------------------------------------------------
+// Not bugs: primitives against their models ------------------------------------------------------------
 
 // x: a[4], b[2], c[4] of each lane, 10 words each; out: d[4] of each lane.
 template <MmaType type, bool shuffles>
