@@ -95,7 +95,7 @@ def test_measure_interleaves_and_loops_short_calls():
 
 
 def test_a_slow_rival_does_not_eat_the_rounds(monkeypatch):
-    now = [0.0]  # a clock that only the callables move
+    now = [0.0]  # a clock that only the callables move: nothing here depends on the load of the machine
 
     def takes(seconds):
         def call():
