@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import cases
+from call_ops import routes  # noqa: F401  (a fixture)
 from gmkernels import _C, _call
 
 

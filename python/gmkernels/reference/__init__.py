@@ -1,5 +1,5 @@
 """Every op in plain torch: readable, exact in float64, the oracle of the tests and the fallback."""
 
-from . import random
+from . import diffusion, random
 
-__all__ = ["random"]
+__all__ = ["diffusion", "random"]
