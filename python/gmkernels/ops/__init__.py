@@ -1,6 +1,7 @@
 """Functions on tensors: differentiable, safe under torch.compile, on CPU and CUDA."""
 
 from .diffusion import diffusion_step
+from .masked_conv import masked_conv2d
 from .random import philox_normal, philox_uniform
 
-__all__ = ["diffusion_step", "philox_normal", "philox_uniform"]
+__all__ = ["diffusion_step", "masked_conv2d", "philox_normal", "philox_uniform"]
