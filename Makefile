@@ -77,10 +77,10 @@ $(WHEEL_STAMP): $(STAMPS)/env $(SOURCES)
 # what people run ------------------------------------------------------------------------------------------------------
 
 bench: $(WHEEL_STAMP)
-	@cd build && ../$(PY) -m gmkernels bench --quick
+	@$(PY) -m gmkernels bench --quick
 
 doctor: $(WHEEL_STAMP)
-	@cd build && ../$(PY) -m gmkernels doctor
+	@$(PY) -m gmkernels doctor
 
 test: $(WHEEL_STAMP)
 	@echo "== tests"
