@@ -29,7 +29,7 @@ export PIP_REQUIRE_VIRTUALENV := 1
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
 # What the wheel is made of. Build outputs of `make dev` are not: they are no reason to build again.
-SOURCES := CMakeLists.txt $(wildcard cmake/*) pyproject.toml README.md LICENSE constraints.txt $(sort $(shell find csrc python bench \
+SOURCES := CMakeLists.txt $(wildcard cmake/*) pyproject.toml constraints.txt $(sort $(shell find csrc python bench \
   -name __pycache__ -prune -o -type f ! -name '*.so' ! -name '*.pyc' ! -path 'bench/results/*' -print))
 CPP := $(sort $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/simt/*.h tests/simt/*.cpp))
 
