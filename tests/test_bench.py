@@ -92,10 +92,21 @@ def test_measure_interleaves_and_loops_short_calls():
     assert times.spread("ours").median < 1e-4 < 6e-3 <= times.spread("slow").min
 
 
-def test_a_slow_rival_does_not_eat_the_rounds():
-    times = timing.measure({"ours": fast, "a": fast, "b": fast, "slow": lambda: time.sleep(0.03)}, budget=0.8)
+def test_a_slow_rival_does_not_eat_the_rounds(monkeypatch):
+    now = [0.0]  # a clock that only the callables move: nothing here depends on the machine's load
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def takes(seconds):
+        def call():
+            now[0] += seconds
+
+        return call
+
+    calls = {"ours": takes(0.002), "a": takes(0.002), "b": takes(0.002), "slow": takes(0.03)}
+    times = timing.measure(calls, budget=0.8)
     assert len(times.samples["slow"]) >= timing.MIN_ROUNDS
     assert len(times.samples["ours"]) > 2 * len(times.samples["slow"])
+    assert times.spread("ours").median == pytest.approx(0.002) and times.spread("slow").min == pytest.approx(0.03)
 
 
 def test_a_callable_that_fails_later_is_out():
