@@ -127,7 +127,8 @@ def _tiny(device):
     x, m = _tensors(2, (1, 4), device)
     row = _row(coefficients.ddpm(_A, _A_NEXT), device)
     return Case(
-        "diffusion_step", "DDPM [1,4]: the cost of a call", lambda: ops.diffusion_step(x, m, row, clip=1.0, noise=True, seed=0),
+        "diffusion_step", "DDPM [1,4]: the cost of a call",
+        lambda: ops.diffusion_step(x, m, row, clip=1.0, noise=True, seed=0),
         {"torch.add": lambda: torch.add(x, m, alpha=2.0), "diffusers": _scheduler("DDPMScheduler", x, m)},
         goals={"torch.add": 1 / 3} if torch.device(device).type == "cpu" else {},
         note="checks and allocation included",
