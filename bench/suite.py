@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -31,14 +32,16 @@ def families():
 
 
 def choose(wanted, modules, device):
-    """(modules to run, ops to keep) for the names that were typed: of ops, or of whole families. Empty: everything."""
+    """(modules to run, ops to keep) for the names that were typed: of ops, or of whole families. None: all."""
+    if not wanted:
+        return modules, set()
     known = {family: sorted(_ops(module, device)) for family, module in modules.items()}
     ops = {op for of_family in known.values() for op in of_family}
     unknown = [w for w in wanted if w not in ops and w not in known]
     if unknown:
         raise UnknownOp(f"unknown op {', '.join(unknown)}; known: {', '.join(sorted(ops))}"
                         f" (or a family: {', '.join(sorted(known))})")
-    keep = {op for w in wanted for op in known.get(w, [w])} or ops
+    keep = {op for w in wanted for op in known.get(w, [w])}
     return {family: module for family, module in modules.items() if keep & set(known[family])}, keep
 
 
@@ -50,8 +53,9 @@ class Progress:
     """What is going on: one line that is rewritten on a terminal, one line per finished case elsewhere."""
 
     def __init__(self, stream=None):
-        self.stream = stream or sys.stderr
+        self.stream = sys.stderr if stream is None else stream
         self.live = self.stream.isatty()
+        self.width = shutil.get_terminal_size().columns - 1
         self.start = time.monotonic()
         self.title = ""
 
@@ -62,10 +66,10 @@ class Progress:
 
     def step(self, text):
         if self.live:
-            self._write(f"\r\033[K{self._line(text)[:118]}")
+            self._write(f"\r\033[K{self._line(text)[:self.width]}")
 
     def done(self, text):
-        self._write((f"\r\033[K{self._line(text)[:118]}\n") if self.live else f"{self._line(text)}\n")
+        self._write((f"\r\033[K{self._line(text)[:self.width]}\n") if self.live else f"{self._line(text)}\n")
 
     def _line(self, text):
         return f"{time.monotonic() - self.start:6.1f} s  {self.title}  {text}".rstrip()
@@ -86,15 +90,18 @@ def run(modules, keep=None, quick=False, device="cpu", progress=None, seconds=No
     for family, module in modules.items():
         try:
             for case in module.cases(quick, device):
-                if keep and case.op not in keep:
-                    continue
-                progress.case(case)
-                row = run_case(case, case_seconds, device, deadline, progress.step)
-                row["family"] = family
-                rows.append(row)
-                if "error_text" in row:
-                    crashes.append(f"{case.op} {case.name}: {row['error_text']}")
-                progress.done(_short(row))
+                if not keep or case.op in keep:
+                    progress.case(case)
+                    row = run_case(case, case_seconds, device, deadline, progress.step) | {"family": family}
+                    rows.append(row)
+                    if "error_text" in row:
+                        crashes.append(f"{case.op} {case.name}: {row['error_text']}")
+                    progress.done(_short(row))
+                del case  # and its data, before the next one's are made
+        except KeyboardInterrupt:
+            crashes.append("interrupted: what follows was not measured")
+            progress.done("interrupted")
+            break
         except Exception as error:  # noqa: BLE001  one family's trouble must not cost the others their numbers
             crashes.append(f"bench_{family}.py: {describe(error)}")
             progress.title = f"bench_{family}.py"

@@ -19,8 +19,8 @@ from pathlib import Path
 from . import report
 from .environment import describe
 
-_BLOCK = re.compile(r"(<!-- bench:begin ([^>]*?) -->\n).*?(<!-- bench:end -->)", re.S)
-_BEGIN, _END = "<!-- bench:begin", "<!-- bench:end"
+_BLOCK = re.compile(r"^(<!-- bench:begin ([^>\n]*) -->\n).*?^(<!-- bench:end -->)$", re.S | re.M)
+_MARKER = re.compile(r"^<!-- bench:(begin|end)", re.M)  # at the start of a line: prose may talk about them
 NONE = {"cpu": "No result of record yet.", "cuda": "Not yet run on a GPU."}
 
 
@@ -37,7 +37,7 @@ def results(folder):
 def rewrite(text, stored):
     """`text` with every block replaced by what `stored` results say."""
     replaced, count = _BLOCK.subn(lambda m: m[1] + generate(m[2], stored) + m[3], text)
-    if not count == text.count(_BEGIN) == text.count(_END):
+    if 2 * count != len(_MARKER.findall(text)):
         raise BadMarker("every `<!-- bench:begin NAME -->` line needs its `<!-- bench:end -->`")
     return replaced
 

@@ -47,25 +47,25 @@ GMK_HD float rn_add(float a, float b) { return a + b; }
 GMK_HD float rn_sqrt(float a) { return __builtin_sqrtf(a); }
 #endif
 
-// -2 ln((r + 0.5) / 2^32) with a small relative error everywhere: near 1 it is the logarithm of 1 - (1 - u).
+// -2 ln((r + 0.5) / 2^32) with a small relative error everywhere: near 1 it is the logarithm of 1 + (u - 1).
 GMK_HD float minus_2_log(uint32_t r) {
-  const float u = rn_fma(float(r), 2.3283064365386963e-10f, 1.1641532182693481e-10f);
-  const float u_1 = rn_fma(float(int32_t(r)), 2.3283064365386963e-10f, 1.1641532182693481e-10f);  // u - 1, from 1/2 on
+  const bool near_one = r >= 0xB504F334u;  // u > sqrt(1/2): as a signed number r is (u - 1) 2^32, with all its bits
+  const float u = rn_fma(near_one ? float(int32_t(r)) : float(r), 2.3283064365386963e-10f, 1.1641532182693481e-10f);
   const uint32_t t = float_bits(u) - 0x3F3504F3u;  // bits of sqrt(1/2)
-  const float e = float(int32_t(t) >> 23);         // 0 where u is near 1
-  const float f = r >= 0xB504F334u ? u_1 : rn_add(bits_float((t & 0x007FFFFFu) + 0x3F3504F3u), -1.0f);
-  float p = 7.0376836292e-2f;
-  p = rn_fma(p, f, -1.1514610310e-1f);
-  p = rn_fma(p, f, 1.1676998740e-1f);
-  p = rn_fma(p, f, -1.2420140846e-1f);
-  p = rn_fma(p, f, 1.4249322787e-1f);
-  p = rn_fma(p, f, -1.6668057665e-1f);
-  p = rn_fma(p, f, 2.0000714765e-1f);
-  p = rn_fma(p, f, -2.4999993993e-1f);
-  p = rn_fma(p, f, 3.3333331174e-1f);
-  p = rn_fma(p, f, -0.5f);
-  p = rn_fma(p, rn_mul(f, f), f);                       // ln(1 + f)
-  return rn_mul(-2.0f, rn_fma(e, 0.69314718246f, p));
+  const float e = near_one ? 0.0f : float(int32_t(t) >> 23);
+  const float f = near_one ? u : rn_add(bits_float((t & 0x007FFFFFu) + 0x3F3504F3u), -1.0f);
+  float p = -1.40753672584e-1f;  // -2 ln(1 + f) / f, Cephes' coefficients
+  p = rn_fma(p, f, 2.3029220620e-1f);
+  p = rn_fma(p, f, -2.3353997480e-1f);
+  p = rn_fma(p, f, 2.4840281692e-1f);
+  p = rn_fma(p, f, -2.8498644574e-1f);
+  p = rn_fma(p, f, 3.3336115330e-1f);
+  p = rn_fma(p, f, -4.0001429530e-1f);
+  p = rn_fma(p, f, 4.9999987986e-1f);
+  p = rn_fma(p, f, -6.6666662348e-1f);
+  p = rn_fma(p, f, 1.0f);
+  p = rn_fma(p, f, -2.0f);
+  return rn_fma(e, -1.38629436112f, rn_mul(p, f));
 }
 
 // sin and cos of 2 pi r / 2^32: the quadrant from the top bits, a polynomial on [-pi/4, pi/4].

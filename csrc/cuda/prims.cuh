@@ -97,16 +97,20 @@ GMK_DEV bool aligned(const void* p, size_t bytes) {
 template <class T, int n>
 GMK_DEV Pack<T, n> load_pack(const T* p) {
 #ifdef GMK_SIMT
-  gmk_simt::vector_check(p, alignof(Pack<T, n>));
-#endif
+  Pack<T, n> x;
+  gmk_simt::vector_load(p, &x, sizeof x);
+  return x;
+#else
   return *reinterpret_cast<const Pack<T, n>*>(p);
+#endif
 }
 template <class T, int n>
 GMK_DEV void store_pack(T* p, const Pack<T, n>& x) {
 #ifdef GMK_SIMT
-  gmk_simt::vector_check(p, alignof(Pack<T, n>));
-#endif
+  gmk_simt::vector_store(p, &x, sizeof x);
+#else
   *reinterpret_cast<Pack<T, n>*>(p) = x;
+#endif
 }
 
 template <class T>

@@ -1,5 +1,5 @@
-// A job is a run of consecutive elements: 256 where noise is drawn, so that it stays in L1, else kRun. Inside, a segment
-// is what shares one row of coefficients. What bounds it: memory bandwidth without noise, the normals with it.
+// A job is a run of consecutive elements, kDrawnRun where there is noise, so that it stays in L1, else kRun. Inside, a
+// segment is what shares one row of coefficients. What bounds it: memory bandwidth without noise, the normals with it.
 #include "diffusion/diffusion.h"
 
 #include "core/philox_simd.h"
@@ -7,7 +7,7 @@
 namespace gmk { namespace GMK_ISA_NS {
 namespace {
 
-constexpr int64_t kRun = 8 * kChunk;
+constexpr int64_t kRun = 8 * kChunk, kDrawnRun = 4 * kChunk;
 
 // The type of arithmetic of a storage type, and moving a word of it.
 template <class T>
@@ -109,13 +109,11 @@ Runner<T> runner(bool guided, bool history, bool noise, bool x0) {
   return all[guided * 4 + history * 2 + noise][x0];
 }
 
-// z[0, n): normals first .. first + n - 1 of a seed; first % kChunk == 0 unless n is short.
+// z[0, n): normals first .. first + n - 1 of a seed; first is a multiple of kChunk, z has room for whole chunks.
 GMK_INLINE void draw(float* z, int64_t first, int64_t n, PhiloxAt at) {
-  if (n > 32) {
-    chunk_normals(z, uint64_t(first / 4), at);
-  } else {
-    for (int64_t e = 0; e < n; e += 4) normals_from(philox(uint64_t((first + e) / 4), at.step, at.stream, at.key), z + e);
-  }
+  int64_t e = 0;
+  for (; n - e > 32; e += kChunk) chunk_normals(z + e, uint64_t((first + e) / 4), at);
+  for (; e < n; e += 4) normals_from(philox(uint64_t((first + e) / 4), at.step, at.stream, at.key), z + e);
 }
 // z sqrt(variance), in whole words: `z` has room for them.
 template <class T, class real>
@@ -136,8 +134,8 @@ class Step {
 
   // Elements [first, first + n) of the tensor; for drawn noise, element `count` of its seed's own count is the first.
   void operator()(int64_t first, int64_t n, int64_t count, int64_t seed_row) const {
-    alignas(64) real scaled[kChunk];
-    alignas(64) float drawn[kChunk];
+    alignas(64) real scaled[kDrawnRun];
+    alignas(64) float drawn[kDrawnRun];
     bool have_noise = false;
     for (int64_t at = first; at < first + n;) {
       const int64_t row = at / sample_, left = (row + 1) * sample_ - at, rest = first + n - at;
@@ -213,7 +211,7 @@ template <class T>
 Status run(const DiffusionStep& a, int threads) {
   const Step<T> step(a);
   const int64_t rows = a.noise_kind == kDrawnNoise ? a.seed_rows : 1, size = a.numel / rows;
-  const int64_t length = a.noise_kind == kNoNoise ? kRun : kChunk, runs = (size + length - 1) / length;
+  const int64_t length = a.noise_kind == kNoNoise ? kRun : kDrawnRun, runs = (size + length - 1) / length;
   threads = team(a.numel, threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t job = 0; job < rows * runs; ++job) {

@@ -336,10 +336,13 @@ def check_same_dtype(name, t, **others):
 
 def check_int(name, value, low, high):
     """An integer in [low, high); bool is refused."""
-    try:
-        index = value.__index__()
-    except (AttributeError, TypeError):
-        index = None
+    if isinstance(value, int):  # also a symbolic one: __index__ would make torch.compile specialise
+        index = value
+    else:
+        try:
+            index = value.__index__()
+        except (AttributeError, TypeError):
+            index = None
     if index is None or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if not low <= index < high:
@@ -355,12 +358,13 @@ _SEED_LIMITS = (-(2**63), 2**64)
 def split_seed(seed, device, samples=None):
     """A `seed` argument as (seed tensor or None, seed int), the form of every random op's schema.
 
-    None: one 64-bit seed from torch's default CPU generator; under torch.compile a tensor drawn inside the graph.
+    None: one 64-bit seed from torch's default CPU generator; under torch.compile, tracers and modes a tensor drawn
+    where they see it (inside the graph).
     An int counts over the whole output. An int64 tensor of no dimension counts over the whole output too; one of shape
     [samples] gives each sample its own numbers, whatever batch it is in.
     """
     if seed is None:
-        if is_compiling():
+        if is_compiling() or _observed():
             return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device), 0
         return None, int(torch.randint(-(2**63), 2**63 - 1, ()))
     if isinstance(seed, torch.Tensor):

@@ -113,7 +113,7 @@ class Reported(AssertionError):
 def _describe(place):
     lines = [line for line in place if "/simt/simt.h:" not in line]  # the emulator's own call of the kernel
     at = next((i for i, line in enumerate(lines) if line.split(":")[0].rsplit("/")[-1] not in WRAPPERS), 0)
-    text = lines[at] + (f" (in {lines[at - 1]})" if at else "")
+    text = lines[at] + (f" (in {lines[at - 1]})" if at and "prims.cuh" in lines[at - 1] else "")
     return text + "".join(f", from {line}" for line in lines[at + 1 : at + 4])
 
 
@@ -234,22 +234,24 @@ def _copy_out(simt, buffer, complete):
             missing = (_bytes(written, buffer, t) == 0).any(-1).nonzero()
             if len(missing):
                 what = f"{name} {str(t.dtype)[6:]}{list(t.shape)}"
-                yield Report("unwritten-output", f"{len(missing)} of {t.numel()} elements of {what} were never written, "
-                                                 f"the first at {missing[0].tolist()}")
+                text = f"{len(missing)} of {t.numel()} elements of {what} were never written, the first at "
+                yield Report("unwritten-output", text + str(missing[0].tolist()))
 
 
 def _name(buffer):
     return " = ".join(n for n, _, is_output in buffer.tensors if is_output)
 
 
-_lock = threading.RLock()
+_lock = threading.Lock()  # one machine; a call from another thread waits
 
 
-def _run(schedule, check, partial, name, outs, ins, scalars):
+def _run(options, name, outs, ins, scalars):
     """One call of `_simt.<name>_cuda` on copies of the tensors."""
     simt = module()
     with _lock, torch.no_grad():
         simt.reset()
+        simt.configure(*options)
+        schedule, _, check, blocks = options
         try:
             buffers = _buffers(outs, ins)
             for buffer in buffers:
@@ -262,7 +264,7 @@ def _run(schedule, check, partial, name, outs, ins, scalars):
                 buffer = next(b for b in buffers if b.low <= t.data_ptr() < b.high)
                 addresses.append(buffer.address + t.data_ptr() - buffer.low)
             getattr(simt, name + "_cuda")(*addresses, *scalars, 0, 0)
-            complete = check and not partial and not simt.aborted()
+            complete = check and not blocks and not simt.aborted()
             reports = []
             for buffer in buffers:
                 if any(is_output for _, _, is_output in buffer.tensors):
@@ -271,7 +273,7 @@ def _run(schedule, check, partial, name, outs, ins, scalars):
         finally:
             simt.reset()
     if reports:
-        raise Reported(name, schedule, reports)
+        raise Reported(name, SCHEDULES[schedule], reports)
 
 
 @contextlib.contextmanager
@@ -282,13 +284,9 @@ def running(schedule="ascending", seed=0, check=True, blocks=()):
     accesses). blocks: run only the blocks with these linear indices, for tensors too large to run whole.
     """
     simt = module()
-    blocks = list(blocks)
-    with _lock:
-        before = _call.Kernel.backend
-        simt.configure(SCHEDULES.index(schedule), seed, check, blocks)
-        _call.Kernel.backend = functools.partial(_run, schedule, check, bool(blocks))
-        try:
-            yield simt
-        finally:
-            _call.Kernel.backend = before
-            simt.configure(0, 0, True, [])
+    before = _call.Kernel.backend
+    _call.Kernel.backend = functools.partial(_run, (SCHEDULES.index(schedule), seed, check, list(blocks)))
+    try:
+        yield simt
+    finally:
+        _call.Kernel.backend = before

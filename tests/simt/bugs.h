@@ -7,10 +7,13 @@
 namespace gmk {
 
 struct Bug {
-  float* out;
-  float* x;
+  float* out;       // [n]
+  unsigned* state;  // [1], zero, in place
+  float* x;         // [n]
+  float* host;      // [n], not device memory
   int64_t n;
-  int which;
+  const char* name;
+  bool bug;  // with it, or the same kernel without it
 };
 Status bug_cuda(const Bug&, int device, void* stream);
 

@@ -127,16 +127,14 @@ GMK_SIMT_INLINE T atomicCAS(T* p, T expected, T v) {
 // Loads with a cache hint ----------------------------------------------------------------------------------------------
 template <class T>
 GMK_SIMT_INLINE T __ldg(const T* p) {
-  gmk_simt::vector_check(p, sizeof(T));
-  return *p;
+  T value;
+  gmk_simt::vector_load(p, &value, sizeof(T));
+  return value;
 }
 template <class T>
 GMK_SIMT_INLINE T __ldcs(const T* p) { return __ldg(p); }
 template <class T>
-GMK_SIMT_INLINE void __stcs(T* p, T v) {
-  gmk_simt::vector_check(p, sizeof(T));
-  *p = v;
-}
+GMK_SIMT_INLINE void __stcs(T* p, T v) { gmk_simt::vector_store(p, &v, sizeof(T)); }
 
 // Arithmetic. The approximate functions are computed exactly: their error on a GPU is not seen here. --------------------
 GMK_SIMT_INLINE float __expf(float x) { return expf(x); }

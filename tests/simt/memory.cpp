@@ -140,7 +140,8 @@ void access(uintptr_t address, size_t bytes, Kind kind, const void* pc) {
       const uintptr_t first_bad = region && address >= region->low && address < region->high ? region->high : address;
       report("out-of-bounds", me, {pc_offset(pc)}, "%s of %zu bytes, %s", kind == Kind::read ? "read" : "write", bytes,
              neighbour(first_bad).c_str());
-      return;
+      if (first_bad == address) return;
+      bytes = region->high - address;  // the part that is inside counts as any access
     }
     if (region->read_only) {
       if (kind != Kind::read)
@@ -153,11 +154,24 @@ void access(uintptr_t address, size_t bytes, Kind kind, const void* pc) {
   if (machine.options.schedule == Schedule::preempt) preempt_point();
 }
 
-void vector_check(const void* p, size_t bytes) {
-  const size_t off = uintptr_t(p) % (bytes < 16 ? bytes : 16);
-  if (machine.current && machine.options.check && off)
-    report("misaligned", machine.current, {pc_offset(__builtin_return_address(0))},
-           "%zu-byte vector access to an address that is %zu modulo %zu: a GPU stops here", bytes, off, bytes);
+namespace {
+void vector_access(uintptr_t address, size_t bytes, Kind kind, const void* pc) {
+  if (!machine.current) return;
+  const size_t unit = bytes < 16 ? bytes : 16;
+  if (machine.options.check && address % unit)
+    report("misaligned", machine.current, {pc_offset(pc)},
+           "%zu-byte vector access to an address that is %zu modulo %zu: a GPU stops here", bytes, size_t(address % unit), unit);
+  access(address, bytes, kind, pc);
+}
+}  // namespace
+
+void vector_load(const void* p, void* to, size_t bytes) {
+  vector_access(uintptr_t(p), bytes, Kind::read, __builtin_return_address(0));
+  __builtin_memcpy(to, p, bytes);
+}
+void vector_store(void* p, const void* from, size_t bytes) {
+  vector_access(uintptr_t(p), bytes, Kind::write, __builtin_return_address(0));
+  __builtin_memcpy(p, from, bytes);
 }
 
 uintptr_t allocate(size_t bytes, size_t phase, const std::string& name, bool read_only) {

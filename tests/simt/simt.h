@@ -46,8 +46,10 @@ struct Site {
 void* shared_static(const Site* site);
 void* shared_dynamic(size_t align);
 
-// Reports an address that is not a multiple of `bytes`.
-void vector_check(const void* p, size_t bytes);
+// One access of several elements: aligned to its size (at most 16 bytes), and checked whole, even if the kernel then uses
+// only a part of it.
+void vector_load(const void* p, void* to, size_t bytes);
+void vector_store(void* p, const void* from, size_t bytes);
 
 // The block's barrier, with the vote that __syncthreads_count, _or and _and take along.
 enum Vote : int { kPlain, kCount, kOr, kAnd };

@@ -27,6 +27,8 @@ def run(args):
     if device.type == "cuda" and not (_C.with_cuda and torch.cuda.is_available()):
         why = "this build has no CUDA kernels" if not _C.with_cuda else "torch finds no GPU"
         return _usage(f"--device {args.device}: {why} (python -m gmkernels doctor says more)")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # the events of timing.py are recorded on the current device
     before = None
     if args.against:
         try:
@@ -42,7 +44,7 @@ def run(args):
         modules, keep = suite.choose(args.op, suite.families(), str(device))
     except suite.UnknownOp as error:
         return _usage(str(error))
-    result = suite.run(modules, keep if args.op else None, args.quick, str(device))
+    result = suite.run(modules, keep, args.quick, str(device))
     print(report.table(result))
     if args.json:
         path = Path(args.json)

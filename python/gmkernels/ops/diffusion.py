@@ -146,7 +146,9 @@ def _backward_x0(ctx, grad, grad_x0):
     if z is not None:
         zr = z.to(real)
     elif noise and (need[2] or (variance is not None and need[7])):
-        zr = _philox(seeds, tuple(x.shape), seed, step, STREAM_DIFFUSION_STEP, True, real, x.device)
+        if seeds is None:  # the dispatcher has no way to call an op without a tensor under transforms
+            seeds = x.new_full((), seed, dtype=torch.int64)
+        zr = _philox(seeds, tuple(x.shape), 0, step, STREAM_DIFFUSION_STEP, True, real, x.device)
     if zr is not None:
         if variance is not None and need[7]:
             grads[7] = (term(s, g * zr) * 0.5 / std).to(variance.dtype)
