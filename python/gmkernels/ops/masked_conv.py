@@ -7,7 +7,15 @@ import torch.nn.functional as F
 
 from .. import reference
 from .._call import (
-    DTYPE_CODE, HALVES, Kernel, Op, _copy_into, check_floating, check_int, check_same_dtype, check_tensor,
+    DTYPE_CODE,
+    HALVES,
+    Kernel,
+    Op,
+    _copy_into,
+    check_floating,
+    check_int,
+    check_same_dtype,
+    check_tensor,
 )
 
 _forward = Kernel("masked_conv2d")
