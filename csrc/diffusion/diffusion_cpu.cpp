@@ -39,11 +39,6 @@ GMK_INLINE void put(T* p, vfloat x, int64_t count) {
 }
 GMK_INLINE void put(double* p, vdouble x, int64_t count) { store_some(p, x, count); }
 
-template <class V, class R>
-GMK_INLINE V masked(V x, R mask) {
-  return (V)((R)x & mask);
-}
-
 // One segment's streams and coefficients, in the order in which the inner loop wants them.
 template <class T>
 struct Segment {
@@ -56,7 +51,8 @@ struct Segment {
   int history;
 };
 
-template <class T, bool kGuided, bool kHistory, bool kNoise, bool kX0>
+// kMasked: some coefficient is 0, so its stream must be hidden. A third of the arithmetic, hence not always.
+template <class T, bool kMasked, bool kGuided, bool kHistory, bool kNoise, bool kX0>
 struct Body {
   using real = typename Arithmetic<T>::real;
   using V = typename simd<real>::v;
@@ -70,6 +66,8 @@ struct Body {
         low(g.low - V{}), high(g.high - V{}), use_a((I)(a != V{})), use_b((I)(b != V{})), use_c0((I)(c0 != V{})),
         use_c1((I)(c1 != V{})) {}
 
+  GMK_HD_MEMBER static V hide(V x, I use) { return kMasked ? (V)((I)x & use) : x; }
+
   // All loads of an element come before its stores: out and x0 may be any of the inputs.
   template <class... Count>
   GMK_HD_MEMBER void operator()(int64_t i, Count... count) const {
@@ -79,8 +77,8 @@ struct Body {
       const V u = get(g.u + i, count...);
       m = madd(guidance, m - u, u);
     }
-    const V x0 = vmin(high, vmax(low, madd(b, masked(m, use_b), a * masked(x, use_a))));  // NaN stays: second operand
-    V out = madd(c0, masked(x0, use_c0), c1 * masked(x, use_c1));
+    const V x0 = vmin(high, vmax(low, madd(b, hide(m, use_b), a * hide(x, use_a))));  // NaN stays: second operand
+    V out = madd(c0, hide(x0, use_c0), c1 * hide(x, use_c1));
     if (kHistory)
       for (int h = 0; h < g.history; ++h) out = madd(splat(g.ch[h]), get(g.h[h] + i, count...), out);
     if (kNoise) out = madd(s, get(g.z + i, count...), out);
@@ -89,10 +87,10 @@ struct Body {
   }
 };
 
-template <class T, bool kGuided, bool kHistory, bool kNoise, bool kX0>
+template <class T, bool kMasked, bool kGuided, bool kHistory, bool kNoise, bool kX0>
 void run_segment(const Segment<T>& g, int64_t n) {
   constexpr int64_t lanes = simd<typename Arithmetic<T>::real>::n;
-  const Body<T, kGuided, kHistory, kNoise, kX0> body(g);
+  const Body<T, kMasked, kGuided, kHistory, kNoise, kX0> body(g);
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) body(i);
   if (i < n) body(i, n - i);
@@ -100,13 +98,15 @@ void run_segment(const Segment<T>& g, int64_t n) {
 template <class T>
 using Runner = void (*)(const Segment<T>&, int64_t);
 template <class T>
-Runner<T> runner(bool guided, bool history, bool noise, bool x0) {
-#define GMK_RUN(g, h, z) {run_segment<T, g, h, z, false>, run_segment<T, g, h, z, true>}
-  static const Runner<T> all[8][2] = {
-      GMK_RUN(false, false, false), GMK_RUN(false, false, true), GMK_RUN(false, true, false), GMK_RUN(false, true, true),
-      GMK_RUN(true, false, false),  GMK_RUN(true, false, true),  GMK_RUN(true, true, false),  GMK_RUN(true, true, true)};
-#undef GMK_RUN
-  return all[guided * 4 + history * 2 + noise][x0];
+Runner<T> runner(bool masked, bool guided, bool history, bool noise, bool x0) {
+#define GMK_RUN2(...) run_segment<T, __VA_ARGS__, false>, run_segment<T, __VA_ARGS__, true>
+#define GMK_RUN8(...) \
+  GMK_RUN2(__VA_ARGS__, false, false), GMK_RUN2(__VA_ARGS__, false, true), GMK_RUN2(__VA_ARGS__, true, false), \
+      GMK_RUN2(__VA_ARGS__, true, true)
+  static const Runner<T> all[32] = {GMK_RUN8(false, false), GMK_RUN8(false, true), GMK_RUN8(true, false), GMK_RUN8(true, true)};
+#undef GMK_RUN8
+#undef GMK_RUN2
+  return all[masked * 16 + guided * 8 + history * 4 + noise * 2 + x0];
 }
 
 // z[0, n): normals first .. first + n - 1 of a seed; first is a multiple of kChunk, z has room for whole chunks.
@@ -159,7 +159,8 @@ class Step {
         make_noise(scaled, drawn, first, n, count, seed_row);
       }
       g.z = scaled + (at - first);
-      runner<T>(a_.uncond != nullptr, g.history > 0, noise, a_.x0 != nullptr)(g, size);
+      const bool masked = g.a == 0 || g.b == 0 || g.c0 == 0 || g.c1 == 0;
+      runner<T>(masked, a_.uncond != nullptr, g.history > 0, noise, a_.x0 != nullptr)(g, size);
       at += size;
     }
   }

@@ -7,7 +7,8 @@ import torch
 from .. import _C, _call, reference
 from .._call import DTYPE_CODE, Kernel, Op, allocate, check_int, check_same_dtype, check_tensor, split_seed, written
 from ..reference.diffusion import real_dtype, rows, term
-from .random import STREAM_DIFFUSION_STEP, _op as _philox
+from .random import STREAM_DIFFUSION_STEP
+from .random import _op as _philox
 
 _kernel = Kernel("diffusion_step")
 _plain = _C.diffusion_step_plain
@@ -214,8 +215,8 @@ def diffusion_step(x, model_output, coefficients, *, uncond=None, guidance_scale
         variance: per element, not negative (learned variances).
         clip: None, a positive float ``c`` for [-c, c], or a pair ``(low, high)``.
         noise: True draws ``z = philox_normal(x.shape, seed, step, stream=2)``; a tensor is taken as z; False: no noise.
-        seed: as in :func:`philox_normal`: None draws one, an int counts over the whole tensor, an int64 tensor [b] seeds
-            each sample on its own. Only with ``noise=True``.
+        seed: as in :func:`philox_normal`: None draws one, an int counts over the whole tensor, an int64 tensor [b]
+            seeds each sample on its own. Only with ``noise=True``.
         step: counter word 2, in ``[0, 2**32)``: another one for every step that shares a seed.
         return_x0: return ``(out, x0)``.
         out, x0_out: contiguous tensors to write into, without gradients. Each may be any of the inputs (in place), but
@@ -236,8 +237,8 @@ def diffusion_step(x, model_output, coefficients, *, uncond=None, guidance_scale
     if _call.plain_eager():
         if seed is None and noise is True:
             seed = split_seed(None, None)[1]
-        result = _plain(x, model_output, coefficients, uncond, guidance_scale, history, variance, clip, noise, seed, step,
-                        return_x0, out, x0_out, torch.is_grad_enabled())
+        result = _plain(x, model_output, coefficients, uncond, guidance_scale, history, variance, clip, noise, seed,
+                        step, return_x0, out, x0_out, torch.is_grad_enabled())
         if result is not None:
             if out is not None or x0_out is not None:
                 written(out, x0_out)

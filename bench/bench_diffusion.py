@@ -1,0 +1,201 @@
+"""diffusion_step beside hand-written eager torch, its torch.compile, and the scheduler of diffusers."""
+
+import torch
+
+from .. import ops, reference
+from ..ops import diffusion_coefficients as coefficients
+from .case import Case
+
+OPS = ("diffusion_step",)
+
+_A, _A_NEXT, _A_BEFORE = 0.35, 0.4, 0.3  # cumulative alphas in the middle of a schedule
+_TIMESTEP = 500
+
+
+def cases(quick, device):
+    cpu = torch.device(device).type == "cpu"
+    latents, images = (16, 3, 32, 32), (8, 3, 256, 256) if cpu else (128, 3, 256, 256)
+    yield _ddpm(latents, device, goals={"eager": 8.0, "diffusers": 12.0} if cpu else {})
+    yield _ddim(images, device, share_goal=0.9)
+    yield _tiny(device)
+    yield _multistep(latents if quick else images, device)
+    if not quick:
+        yield _ddpm(images, device)
+        yield _ddpm(latents, device, dtype=torch.bfloat16)
+        yield _ddim(images, device, dtype=torch.bfloat16)
+        yield _guided(images, device)
+        yield _points(device)
+
+
+def _tensors(count, shape, device, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(count)]
+
+
+def _row(values, device):
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _name(shape):
+    return "[" + ",".join(map(str, shape)) + "]"
+
+
+def _scheduler(name, x, m, **config):
+    """A call of its `step` at the same point of the sampler each time, or why there is none."""
+    try:
+        import diffusers
+    except ImportError:
+        return "not installed"
+    scheduler = getattr(diffusers, name)(**config)
+    if name == "DDPMScheduler":
+        return lambda: scheduler.step(m, _TIMESTEP, x).prev_sample
+    scheduler.set_timesteps(50, device=x.device)
+    timesteps = scheduler.timesteps
+    t = timesteps[25]
+    if name != "DPMSolverMultistepScheduler":
+        return lambda: scheduler.step(m, t, x).prev_sample
+    for i in range(24, 26):  # fill its history, then stay at one index
+        scheduler._step_index = i
+        scheduler.step(m, timesteps[i], x)
+
+    def step():
+        scheduler._step_index = 25
+        return scheduler.step(m, t, x).prev_sample
+
+    return step
+
+
+def _error(call, tensors, row, clip=None, h1=None, uncond=None, guidance=1.0, z=None):
+    """`call` against the same formula in float64."""
+
+    def error():
+        x, m, h, u, noise = (None if t is None else t.double() for t in (*tensors, h1, uncond, z))
+        bound = float("inf") if clip is None else clip
+        want = reference.diffusion.diffusion_step(x, m, row.double(), u, h, None, None, None, noise, None, guidance,
+                                                  -bound, bound)[0]
+        return ((call().double() - want).abs().max() / want.abs().max()).item()
+
+    return error
+
+
+def _ddpm(shape, device, dtype=torch.float32, goals=None):
+    x, m = _tensors(2, shape, device, dtype)
+    values = coefficients.ddpm(_A, _A_NEXT)
+    row = _row(values, device)
+    A, B, c0, c1, *_, s = values
+
+    def eager():
+        x0 = (A * x + B * m).clamp_(-1, 1)
+        return x0.mul_(c0).add_(x, alpha=c1).add_(torch.randn_like(x), alpha=s)
+
+    def ours():
+        return ops.diffusion_step(x, m, row, clip=1.0, noise=True, seed=0, step=7)
+
+    z = ops.philox_normal(shape, 0, 7, 2, device=device)
+    return Case(
+        "diffusion_step", f"DDPM with noise and clip {_name(shape)}", ours,
+        {"eager": eager, "torch.compile": torch.compile(eager), "diffusers": _scheduler("DDPMScheduler", x, m)},
+        dtype=str(dtype).removeprefix("torch."), bytes=3 * x.numel() * x.element_size(), normals=x.numel(),
+        error=_error(ours, (x, m), row, 1.0, z=z), goals=goals or {},
+    )
+
+
+def _ddim(shape, device, dtype=torch.float32, share_goal=0.0):
+    x, m = _tensors(2, shape, device, dtype)
+    out, theirs = torch.empty_like(x), torch.empty_like(x)
+    values = coefficients.ddim(_A, _A_NEXT)
+    row = _row(values, device)
+    A, B, c0, c1 = values[:4]
+    scale, shift = c0 * A + c1, c0 * B  # without a clip the step is scale x + shift m: what a good hand would write
+
+    def eager():
+        return torch.mul(x, scale, out=theirs).add_(m, alpha=shift)
+
+    def ours():
+        return ops.diffusion_step(x, m, row, out=out)
+
+    return Case(
+        "diffusion_step", f"DDIM {_name(shape)}, out=", ours,
+        {"eager": eager, "torch.compile": torch.compile(eager),
+         "diffusers": _scheduler("DDIMScheduler", x, m, clip_sample=False)},
+        dtype=str(dtype).removeprefix("torch."), bytes=3 * x.numel() * x.element_size(),
+        error=_error(ours, (x, m), row), share_goal=share_goal,
+    )
+
+
+def _tiny(device):
+    x, m = _tensors(2, (1, 4), device)
+    row = _row(coefficients.ddpm(_A, _A_NEXT), device)
+    return Case(
+        "diffusion_step", "DDPM [1,4]: the cost of a call",
+        lambda: ops.diffusion_step(x, m, row, clip=1.0, noise=True, seed=0),
+        {"torch.add": lambda: torch.add(x, m, alpha=2.0), "diffusers": _scheduler("DDPMScheduler", x, m)},
+        goals={"torch.add": 1 / 3} if torch.device(device).type == "cpu" else {},
+        note="checks and allocation included",
+    )
+
+
+def _multistep(shape, device):
+    x, m, h = _tensors(3, shape, device)
+    out, x0 = torch.empty_like(x), torch.empty_like(x)
+    values = coefficients.dpmpp_2m(_A, _A_NEXT, _A_BEFORE)
+    row = _row(values, device)
+    A, B, c0, c1, c2 = values[:5]
+
+    def eager():
+        now = (A * x).add_(m, alpha=B)
+        return (c0 * now).add_(x, alpha=c1).add_(h, alpha=c2), now
+
+    def ours():
+        return ops.diffusion_step(x, m, row, history=(h,), out=out, x0_out=x0)
+
+    return Case(
+        "diffusion_step", f"DPM-Solver++ 2M {_name(shape)}, out=", ours,
+        {"eager": eager, "torch.compile": torch.compile(eager),
+         "diffusers": _scheduler("DPMSolverMultistepScheduler", x, m)},
+        bytes=5 * x.numel() * x.element_size(), error=_error(ours, (x, m), row, h1=h),
+    )
+
+
+def _guided(shape, device):
+    x, m, u = _tensors(3, shape, device)
+    out, theirs = torch.empty_like(x), torch.empty_like(x)
+    values = coefficients.ddim(_A, _A_NEXT)
+    row = _row(values, device)
+    A, B, c0, c1 = values[:4]
+    scale, shift, guidance = c0 * A + c1, c0 * B, 3.0
+
+    def eager():
+        return torch.mul(x, scale, out=theirs).add_(torch.lerp(u, m, guidance), alpha=shift)
+
+    def ours():
+        return ops.diffusion_step(x, m, row, uncond=u, guidance_scale=guidance, out=out)
+
+    return Case(
+        "diffusion_step", f"DDIM with guidance {_name(shape)}, out=", ours,
+        {"eager": eager, "torch.compile": torch.compile(eager)},
+        bytes=4 * x.numel() * x.element_size(), error=_error(ours, (x, m), row, uncond=u, guidance=guidance),
+    )
+
+
+def _points(device):
+    """Two-dimensional data, each point at its own time: a row of coefficients for every two numbers."""
+    shape = (65536, 2)
+    x, m = _tensors(2, shape, device)
+    out, theirs = torch.empty_like(x), torch.empty_like(x)
+    times = torch.linspace(0.1, 0.8, shape[0]).tolist()
+    rows = _row([coefficients.ddim(a, a + 0.1) for a in times], device)
+    A, B, c0, c1 = rows.unsqueeze(-1).unbind(1)[:4]
+    scale, shift = c0 * A + c1, c0 * B
+
+    def eager():
+        return torch.addcmul(torch.mul(x, scale, out=theirs), m, shift, out=theirs)
+
+    def ours():
+        return ops.diffusion_step(x, m, rows, out=out)
+
+    return Case(
+        "diffusion_step", f"DDIM {_name(shape)}, coefficients per sample", ours,
+        {"eager": eager, "torch.compile": torch.compile(eager)},
+        bytes=3 * x.numel() * x.element_size() + rows.numel() * 4, error=_error(ours, (x, m), rows),
+    )
