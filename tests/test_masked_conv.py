@@ -177,6 +177,19 @@ def test_any_shape(sizes, kernel, dilation, mask_type, gate, nhwc, bias):
     compare(x, weight, bias, mask_type=mask_type, gate=GATE if gate else None, dilation=dilation)
 
 
+@pytest.mark.parametrize("taps", [[0, 4, 8], [2, 3, 4, 5], [1, 2, 3, 6, 7], list(range(9)), [8], []], ids=str)
+@pytest.mark.parametrize("dilation", [[1, 1], [2, 1]], ids=str)
+def test_any_list_of_taps(device, taps, dilation):
+    """What a boolean mask will need: taps that are adjacent across a row's end, gaps, taps after the centre."""
+    x, weight, bias = problem(1, 3, 4, 3, 5, 3, device=device.torch, grad=True)
+    out = torch.ops.gmkernels.masked_conv2d(x, weight, bias, taps, dilation, True)
+    want = RASTER.masked_conv2d(x.double(), weight.double(), bias.double(), taps, dilation, True)
+    near(out, want)
+    wanted = torch.autograd.grad(want.sum(), (x, weight, bias), allow_unused=True)
+    for g, r, t in zip(torch.autograd.grad(out.sum(), (x, weight, bias)), wanted, (x, weight, bias), strict=True):
+        near(g, torch.zeros_like(t) if r is None else r)
+
+
 # the mask -------------------------------------------------------------------------------------------------------------
 
 
