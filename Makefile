@@ -29,9 +29,9 @@ export PIP_REQUIRE_VIRTUALENV := 1
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
 # What the wheel is made of. Build outputs of `make dev` are not: they are no reason to build again.
-SOURCES := CMakeLists.txt $(wildcard cmake/*) pyproject.toml README.md LICENSE constraints.txt $(sort $(shell find csrc python bench \
+SOURCES := CMakeLists.txt $(wildcard cmake/*) pyproject.toml constraints.txt $(sort $(shell find csrc python bench \
   -name __pycache__ -prune -o -type f ! -name '*.so' ! -name '*.pyc' ! -path 'bench/results/*' -print))
-CPP := $(sort $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/simt/*.h tests/simt/*.cpp))
+CPP := $(sort $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu))
 
 # One GPU generation is enough to work with: that of the GPU here, else Hopper. `make wheel` builds for all.
 LOCAL_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]+$$' \
@@ -77,10 +77,10 @@ $(WHEEL_STAMP): $(STAMPS)/env $(SOURCES)
 # what people run ------------------------------------------------------------------------------------------------------
 
 bench: $(WHEEL_STAMP)
-	@cd build && ../$(PY) -m gmkernels bench --quick
+	@$(PY) -m gmkernels bench --quick
 
 doctor: $(WHEEL_STAMP)
-	@cd build && ../$(PY) -m gmkernels doctor
+	@$(PY) -m gmkernels doctor
 
 test: $(WHEEL_STAMP)
 	@echo "== tests"

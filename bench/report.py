@@ -5,6 +5,7 @@ import textwrap
 from .environment import describe as describe_environment
 
 WIDTH = 120
+BUSY = 0.15  # cores
 _COLUMNS = (("", 40), ("ours", 9), ("spread", 15), ("fastest rival", 22), ("ratio", 7), ("ceiling", 13), ("goal", 8))
 
 
@@ -40,6 +41,9 @@ def summary(result):
               (verdicts.count("no (=)"), "missed by less than the spread"), (verdicts.count("unknown"), "not measured")]
     text = ", ".join(f"{count} {word}" for count, word in counts if count or word in ("reached", "missed"))
     lines.insert(0, f"goals: {text}; {len(result['rows'])} rows in {result['seconds']:.0f} s")
+    noisy = sum(map(disturbed, result["rows"]))
+    if noisy:
+        lines.append(f"  not quiet: in {noisy} rows other processes took more than {BUSY} cores; repeat them")
     return lines + [f"  CRASH   {crash}" for crash in result["crashes"]]
 
 
@@ -52,7 +56,7 @@ def _row(row, threads):
     cells = [
         f"  {name}",
         seconds(ours["median"]),
-        f"{seconds(ours['p25'], unit=False)} - {seconds(ours['p75'])}",
+        span(ours["p25"], ours["p75"]),
         row["fastest"] or "none",
         f"{fastest['ratio']['median']:.2f}x" if fastest else "",
         f"{row['share']['median']:.0%} {row['bound']}" if "share" in row else "",
@@ -79,7 +83,14 @@ def _extras(row):
         if key in row:
             value = row[key]
             extras.append(f"{text} {value:.1e}" if isinstance(value, float) else f"{text}: {value}")
+    if disturbed(row):
+        extras.append(f"other processes took {row['others']:.1f} cores meanwhile")
     return extras + ([row["note"]] if row["note"] else [])
+
+
+def disturbed(row):
+    """Was the machine busy with something else, so that this row means little?"""
+    return (row.get("others") or 0.0) > BUSY
 
 
 def rival_text(name, entry):
@@ -113,10 +124,15 @@ def overall(row):
     return min((verdict(goal) for goal in goals), key=order.index, default="")
 
 
-def seconds(value, unit=True):
+def span(low, high):
+    (a, unit_a), (b, unit_b) = seconds(low).split(), seconds(high).split()
+    return f"{a} - {b} {unit_b}" if unit_a == unit_b else f"{a} {unit_a} - {b} {unit_b}"
+
+
+def seconds(value):
     for factor, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")):
         if value >= factor or name == "ns":
-            return f"{value / factor:.3g}" + (f" {name}" if unit else "")
+            return f"{value / factor:.3g} {name}"
 
 
 def rate(value, unit):

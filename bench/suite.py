@@ -152,6 +152,7 @@ def _expected(row, key):
 
 def _rate(row, case, times, found):
     ours = times.samples["ours"]
+    row["others"] = times.others
     row["ours"] = times.spread("ours").as_dict() | {"inner": times.inner["ours"], "first": times.first["ours"]}
     for name, entry in row["rivals"].items():
         if name in times.samples:

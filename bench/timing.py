@@ -5,6 +5,7 @@ only ratios inside a round mean something, and those are what `ratio` pairs. doc
 """
 
 import gc
+import os
 import random
 import time
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ class Timings:
     inner: dict[str, int] = field(default_factory=dict)  # name -> calls in one sample
     first: dict[str, float] = field(default_factory=dict)  # name -> seconds of the very first call (compilation)
     errors: dict[str, str] = field(default_factory=dict)  # name -> what it raised
+    others: float | None = None  # cores that other processes (and the hypervisor) took during the rounds
 
     def spread(self, name):
         return Spread.of(self.samples[name].values())
@@ -161,6 +163,7 @@ def measure(calls, budget, device="cpu", progress=lambda text: None):
     progress("measuring")
     first, spent = next(iter(calls), None), dict.fromkeys(result.samples, 0.0)
     collecting, order, start, done = gc.isenabled(), random.Random(0), time.perf_counter(), 0
+    others = _seconds_of_others()
     gc.collect()
     gc.disable()
     try:
@@ -185,7 +188,20 @@ def measure(calls, budget, device="cpu", progress=lambda text: None):
     finally:
         if collecting:
             gc.enable()
+    if others is not None:
+        result.others = max(0.0, (_seconds_of_others() - others) / (time.perf_counter() - start))
     return result
+
+
+def _seconds_of_others():
+    """CPU seconds, since the machine started, of all but this process; None where /proc does not say."""
+    try:
+        with open("/proc/stat") as file:
+            user, nice, system, _idle, _wait, irq, softirq, steal = map(int, file.readline().split()[1:9])
+    except (OSError, ValueError):
+        return None
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - time.process_time()
 
 
 def describe(error):

@@ -1,7 +1,9 @@
 """The benchmark suite, on fake cases: the arithmetic, the verdicts, the exit codes, the generated tables."""
 
 import copy
+import io
 import json
+import os
 import sys
 import time
 from types import SimpleNamespace
@@ -92,10 +94,19 @@ def test_measure_interleaves_and_loops_short_calls():
     assert times.spread("ours").median < 1e-4 < 6e-3 <= times.spread("slow").min
 
 
-def test_a_slow_rival_does_not_eat_the_rounds():
-    times = timing.measure({"ours": fast, "a": fast, "b": fast, "slow": lambda: time.sleep(0.03)}, budget=0.8)
-    assert len(times.samples["slow"]) >= timing.MIN_ROUNDS
-    assert len(times.samples["ours"]) > 2 * len(times.samples["slow"])
+def test_a_slow_rival_does_not_eat_the_rounds(monkeypatch):
+    now = [0.0]  # a clock that only the callables move: nothing here depends on the load of the machine
+
+    def takes(seconds):
+        def call():
+            now[0] += seconds
+        return call
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0))
+    times = timing.measure({"ours": takes(1e-3), "quick": takes(1e-3), "slow": takes(60e-3)}, budget=0.6)
+    samples = {name: len(taken) for name, taken in times.samples.items()}
+    assert samples["slow"] >= timing.MIN_ROUNDS and samples["quick"] == samples["ours"] > 5 * samples["slow"]
+    assert times.spread("slow").median == pytest.approx(60e-3)
 
 
 def test_a_callable_that_fails_later_is_out():
@@ -235,6 +246,32 @@ def test_table_fits_and_tells(result):
     for part in ("gone: not installed", "broken: failed, RuntimeError: two lines", "goal 2x slow: yes", "error 1.0e-07",
                  "goals: 2 reached, 1 missed, 1 not measured"):
         assert part in text
+
+
+def test_a_busy_machine_is_told(result):
+    busy = copy.deepcopy(result)
+    for row, others in zip(busy["rows"], (0.0, 1.3), strict=True):
+        row["others"] = others
+    text = " ".join(report.table(busy).split())
+    assert text.count("took 1.3 cores meanwhile") == 1 and "in 1 rows other processes" in text
+    busy["rows"][1]["others"] = None
+    assert "other processes" not in report.table(busy)
+
+
+def test_own_work_is_not_that_of_others(monkeypatch):
+    stat = "cpu  100 20 30 4000 500 1 2 3 7 7\ncpu0 1 2 3\n"  # idle and waiting are nobody's work; guests are in user
+    monkeypatch.setattr(timing, "open", lambda path: io.StringIO(stat), raising=False)
+    monkeypatch.setattr(timing.time, "process_time", lambda: 0.5)
+    assert timing._seconds_of_others() == pytest.approx(156 / os.sysconf("SC_CLK_TCK") - 0.5)
+    monkeypatch.setattr(timing, "open", lambda path: io.StringIO("intr 1\n"), raising=False)
+    assert timing._seconds_of_others() is None
+    monkeypatch.undo()
+    assert timing.measure({"ours": lambda: time.sleep(0.01)}, budget=0.05).others >= 0.0
+
+
+def test_spans_have_the_units_they_need():
+    assert report.span(1.2e-3, 3.4e-3) == "1.2 - 3.4 ms"
+    assert report.span(0.8e-3, 1.5e-3) == "800 us - 1.5 ms"
 
 
 def test_progress_lines():

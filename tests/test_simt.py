@@ -22,6 +22,7 @@ BUGS = {
     "vector_past_end": ("out-of-bounds", (), 102),
     "shared_past_end": ("out-of-bounds", (), 128),
     "dynamic_shared_past_end": ("out-of-bounds", (), 64),
+    "copy_past_end": ("out-of-bounds", ("race",), 64),
     "misaligned_vector": ("misaligned", (), 128),
     "misaligned_double": ("misaligned", (), 64),
     "uninitialised_output": ("uninitialised", (), 128),
@@ -198,6 +199,12 @@ def test_only_some_blocks():
     with backend.running(blocks=[2]):
         backend._call.Kernel.backend("bug", (out, None), (x, None), (0, 256, "read_past_end", False))
     assert torch.equal(out[128:192], x[128:192]) and bool((out[:128] == -1).all()) and bool((out[192:] == -1).all())
+
+
+def test_scratch_need_not_be_written_whole(monkeypatch):
+    assert run("unwritten", True, 64)[1]
+    monkeypatch.setitem(backend._call.Kernel.scratch, "bug", 2)
+    assert not run("unwritten", True, 64)[1]
 
 
 def test_views_keep_their_alignment_and_bounds():

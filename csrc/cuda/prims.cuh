@@ -129,8 +129,8 @@ GMK_DEV T warp_max(T v) {  // NaN if any lane has one
   return v;
 }
 
-// cp.async: 16 bytes of global memory to shared memory without passing through registers, on sm_80 and up; sm_75 copies at
-// once. Only the first `bytes` are read, the rest becomes zero. Both addresses are multiples of 16. The order of use:
+// cp.async: 16 bytes of global memory to shared memory without passing through registers; sm_75 copies at once. Only the
+// first `bytes` are read, the rest becomes zero. Both addresses are multiples of 16. The order of use:
 //   cp_async16(...) ...; cp_async_commit();   cp_async_wait<groups that may still be under way>(); __syncthreads();
 GMK_DEV void cp_async16(void* shared, const void* global, int bytes = 16) {
 #ifdef GMK_SIMT
@@ -159,8 +159,8 @@ GMK_DEV void cp_async_wait() {
 #endif
 }
 
-// Tensor cores, a warp at a time: d = a b + c with float32 sums; A is 16 x k row-major, B k x 8 column-major, C and D 16 x 8.
-// k = 16 for bf16 and f16, two values a register (the lower index in the lower half); k = 8 for tf32, one value a register.
+// Tensor cores, a warp at a time: d = a b + c, float32 sums; A is 16 x k row-major, B k x 8 column-major, C and D 16 x 8.
+// k = 16 for bf16 and f16, two values a register (the lower index in the lower half); k = 8 for tf32, one a register.
 // With lane = 4 g + t (PTX ISA, "Matrix Fragments"), and columns counted in registers (k / 2 of them, or k):
 //   a[i] = A[g + 8 (i & 1)][t + 4 (i >> 1)]    b[i] = B[t + 4 i][g]    c[i] = C[g + 8 (i >> 1)][2 t + (i & 1)]
 enum MmaType { kMmaBf16, kMmaF16, kMmaTf32 };
@@ -171,11 +171,13 @@ GMK_DEV void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32
     const uint16_t bits = uint16_t(half ? word >> 16 : word);
     return type == kMmaBf16 ? to_float(bf16{bits}) : to_float(f16{bits});
   };
-  const int lane = (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32, g = lane / 4, t = lane % 4;
+  const int lane = int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
+  const int g = lane / 4, t = lane % 4;
   float sum[4] = {c[0], c[1], c[2], c[3]};
   for (int i = 0; i < 2; ++i) {
     for (int s = 0; s < 4; ++s) {
-      const uint32_t row[2] = {__shfl_sync(kFullWarp, a[2 * i], 4 * g + s), __shfl_sync(kFullWarp, a[2 * i + 1], 4 * g + s)};
+      const uint32_t row[2] = {__shfl_sync(kFullWarp, a[2 * i], 4 * g + s),
+                               __shfl_sync(kFullWarp, a[2 * i + 1], 4 * g + s)};
       const uint32_t column[2] = {__shfl_sync(kFullWarp, b[i], 8 * t + s), __shfl_sync(kFullWarp, b[i], 8 * t + 4 + s)};
       for (int half = 0; half < (type == kMmaTf32 ? 1 : 2); ++half)
         for (int j = 0; j < 4; ++j) sum[j] += value(row[j >> 1], half) * value(column[j & 1], half);

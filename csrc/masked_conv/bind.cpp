@@ -13,22 +13,20 @@ GMK_ISA_TABLES(MaskedConvWeightKernels, masked_conv_weight_kernels)
 
 using Ints = std::vector<std::int64_t>;
 
-// kernel = (kh, kw, dh, dw). Taps that reach no pixel of an h x w image are left out: they add zeros only, and a band
-// of x must not grow with the dilation.
-static Taps taps_of(const Ints& index, const Ints& kernel, bool negated, std::int64_t h, std::int64_t w) {
+// kernel = (kh, kw, dh, dw)
+static Taps taps_of(const Ints& index, const Ints& kernel, bool negated) {
   Taps t{};
   t.kh = int(kernel.at(0));
   t.kw = int(kernel.at(1));
   t.dh = int(kernel.at(2));
   t.dw = int(kernel.at(3));
   t.sign = negated ? -1 : 1;
+  t.count = int(index.size());
   if (index.size() > size_t(kMaxTaps)) throw std::invalid_argument("more live taps than a kernel takes");
-  for (size_t i = 0; i < index.size(); ++i) {
-    const std::int64_t tap = index[negated ? index.size() - 1 - i : i];
+  for (int i = 0; i < t.count; ++i) {
+    const std::int64_t tap = index[size_t(negated ? t.count - 1 - i : i)];
     if (tap < 0 || tap >= std::int64_t(t.kh) * t.kw) throw std::invalid_argument("a tap outside the kernel");
-    t.index[t.count] = std::int16_t(tap);
-    const std::int64_t dy = tap_dy(t, t.count), dx = tap_dx(t, t.count);
-    if (dy > -h && dy < h && dx > -w && dx < w) ++t.count;
+    t.index[i] = std::int16_t(tap);
   }
   return t;
 }
@@ -42,7 +40,7 @@ static MaskedConv masked_conv2d(Address out, Address x, Address weight, Address 
   a.c_out = size.at(2);
   a.h = size.at(3);
   a.w = size.at(4);
-  a.taps = taps_of(taps, kernel, transposed, a.h, a.w);
+  a.taps = taps_of(taps, kernel, transposed);
   const std::int64_t area = std::int64_t(a.taps.kh) * a.taps.kw, pixels = a.b * a.h * a.w;
   a.weight_out = transposed ? area : a.c_in * area;
   a.weight_in = transposed ? a.c_out * area : area;
@@ -69,7 +67,7 @@ static MaskedConvWeight masked_conv2d_backward_weight(Address weight, Address bi
   a.c_out = size.at(2);
   a.h = size.at(3);
   a.w = size.at(4);
-  a.taps = taps_of(taps, kernel, false, a.h, a.w);
+  a.taps = taps_of(taps, kernel, false);
   a.weight = pointer(weight, a.c_in * a.c_out * a.taps.kh * a.taps.kw, "weight");
   a.bias = optional_pointer(bias);
   a.workspace = optional_pointer(workspace);

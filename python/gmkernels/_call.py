@@ -98,13 +98,16 @@ class Kernel:
     """The C++ entry points `_C.<name>_cpu` and `_C.<name>_cuda`.
 
     kernel(outs, ins, *scalars): `outs` are written, `ins` are only read; both are tuples of tensors of one device or
-    None, already checked, in the order of the binding. The tensors live until the call returns.
+    None, already checked, in the order of the binding. The tensors live until the call returns. The last `scratch` of
+    the outs are workspace: the emulator does not ask that each of their elements is written.
     """
 
     backend = None  # tests/simt puts the emulator here: backend(name, outs, ins, scalars) instead of _C
+    scratch = {}  # name -> count, for the emulator
 
-    def __init__(self, name):
+    def __init__(self, name, scratch=0):
         self.name = name
+        Kernel.scratch[name] = scratch
         self.cpu = getattr(_C, name + "_cpu")
         self.cuda = getattr(_C, name + "_cuda", None)
 

@@ -13,20 +13,23 @@ void atomic_load(void* p, void* old, size_t bytes) {
   access(uintptr_t(p), bytes, Kind::atomic, __builtin_return_address(0));
   machine.options.schedule = schedule;
   race_atomic(p);
-  if (inside(uintptr_t(p), bytes)) __builtin_memcpy(old, p, bytes);
-  else __builtin_memset(old, 0, bytes);
+  if (inside(uintptr_t(p), bytes))
+    __builtin_memcpy(old, p, bytes);
+  else
+    __builtin_memset(old, 0, bytes);
 }
 void atomic_store(void* p, const void* value, size_t bytes) {
   if (inside(uintptr_t(p), bytes)) __builtin_memcpy(p, value, bytes);
 }
 
-// The copy may land at any time between here and the wait. So: races are checked here, the destination is undefined until
-// the wait, and only there do the bytes arrive.
+// The copy may land at any time between here and the wait. So: races are checked here, the destination is undefined
+// until the wait, and only there do the bytes arrive.
 void async_copy(void* shared, const void* global, int bytes, int source_bytes) {
   const void* const pc = __builtin_return_address(0);
   Fiber& me = *machine.current;
   if (uintptr_t(shared) % size_t(bytes) || (source_bytes && uintptr_t(global) % size_t(bytes)))
-    report("misaligned", &me, {pc_offset(pc)}, "cp.async of %d bytes to or from an address that is no multiple of it", bytes);
+    report("misaligned", &me, {pc_offset(pc)}, "cp.async of %d bytes to or from an address that is no multiple of it",
+           bytes);
   if (source_bytes) access(uintptr_t(global), size_t(source_bytes), Kind::read, pc);
   access(uintptr_t(shared), size_t(bytes), Kind::write, pc);
   Region* const region = find_region(uintptr_t(shared));

@@ -213,8 +213,9 @@ def _copy_in(simt, buffer):
         simt.define(buffer.address, 0)
 
 
-def _copy_out(simt, buffer, complete):
-    """The bytes that the kernel wrote, back to the tensors; yields reports of elements it should have written."""
+def _copy_out(simt, buffer, complete, scratch):
+    """The bytes that the kernel wrote, back to the tensors; yields reports of elements it should have written.
+    `scratch`: names of outputs that are workspace."""
     size = buffer.high - buffer.low
     written = torch.empty(size, dtype=torch.uint8)
     simt.written(buffer.address, written.data_ptr())
@@ -230,7 +231,7 @@ def _copy_out(simt, buffer, complete):
         yield Report("write-between", f"bytes between the elements of {_name(buffer)} were written, the first at byte "
                                       f"{int(outside[0])}")
     for name, t, is_output in buffer.tensors:
-        if is_output:
+        if is_output and name not in scratch:
             missing = (_bytes(written, buffer, t) == 0).any(-1).nonzero()
             if len(missing):
                 what = f"{name} {str(t.dtype)[6:]}{list(t.shape)}"
@@ -266,9 +267,11 @@ def _run(options, name, outs, ins, scalars):
             getattr(simt, name + "_cuda")(*addresses, *scalars, 0, 0)
             complete = check and not blocks and not simt.aborted()
             reports = []
+            count = _call.Kernel.scratch.get(name, 0)
+            scratch = [f"out[{i}]" for i in range(len(outs) - count, len(outs))]
             for buffer in buffers:
                 if any(is_output for _, _, is_output in buffer.tensors):
-                    reports.extend(_copy_out(simt, buffer, complete))
+                    reports.extend(_copy_out(simt, buffer, complete, scratch))
             reports = [*_reports(simt), *reports]
         finally:
             simt.reset()
@@ -277,13 +280,15 @@ def _run(options, name, outs, ins, scalars):
 
 
 @contextlib.contextmanager
-def running(schedule="ascending", seed=0, check=True, blocks=()):
+def running(schedule=None, seed=0, check=True, blocks=()):
     """Kernel calls run in the emulator until the end of the scope.
 
     schedule: "ascending", "descending", "random" (by `seed`), "preempt" (random, and threads are interrupted between
-    accesses). blocks: run only the blocks with these linear indices, for tensors too large to run whole.
+    accesses); None: the environment's GMK_SIMT_SCHEDULE, or ascending. blocks: run only the blocks with these linear
+    indices, for tensors too large to run whole.
     """
     simt = module()
+    schedule = schedule or os.environ.get("GMK_SIMT_SCHEDULE", "ascending")
     before = _call.Kernel.backend
     _call.Kernel.backend = functools.partial(_run, (SCHEDULES.index(schedule), seed, check, list(blocks)))
     try:

@@ -16,7 +16,7 @@ namespace {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + tid;                 \
   GMK_UNUSED
 
-// Memory ---------------------------------------------------------------------------------------------------------------
+// Memory ------------------------------------------------------------
 
 GMK_BUG_KERNEL(read_past_end) {
   GMK_INDEX;
@@ -57,6 +57,12 @@ GMK_BUG_KERNEL(dynamic_shared_past_end) {  // launched with 256 bytes
   tile[bug ? 2 * tid : tid] = x[i];  // BUG dynamic_shared_past_end
   __syncthreads();
   out[i] = tile[bug ? 0 : tid];
+}
+
+GMK_BUG_KERNEL(copy_past_end) {
+  GMK_INDEX;
+  if (i >= n - 2) out[i] = x[i];
+  if (i == 0) memcpy(out, x + 2, size_t(n - (bug ? 1 : 2)) * 4);  // BUG copy_past_end
 }
 
 GMK_BUG_KERNEL(misaligned_vector) {
@@ -139,7 +145,7 @@ GMK_BUG_KERNEL(stack_overflow) {
   out[i] = deep(x, bug ? 1000000 : 1);
 }
 
-// Races ----------------------------------------------------------------------------------------------------------------
+// Races ------------------------------------------------------------
 
 GMK_BUG_KERNEL(missing_barrier) {
   GMK_SHARED(tile, float[64]);
@@ -216,7 +222,7 @@ GMK_BUG_KERNEL(plain_counter) {
   else atomicAdd(state, 1u);
 }
 
-// Barriers and warps ---------------------------------------------------------------------------------------------------
+// Barriers and warps ------------------------------------------------------------
 
 GMK_BUG_KERNEL(divergent_barrier) {
   GMK_INDEX;
@@ -272,7 +278,7 @@ GMK_BUG_KERNEL(mma_with_half_a_warp) {
   out[i] = x[i] + d[0];
 }
 
-// cp.async -------------------------------------------------------------------------------------------------------------
+// cp.async ------------------------------------------------------------
 
 GMK_BUG_KERNEL(missing_wait) {
   GMK_SHARED(tile, float[256]);
@@ -303,7 +309,7 @@ GMK_BUG_KERNEL(copies_never_waited) {
   out[i] = x[i];
 }
 
-// Not bugs: primitives against their models ----------------------------------------------------------------------------
+// Not bugs: primitives against their models ------------------------------------------------------------
 
 // x: a[4], b[2], c[4] of each lane, 10 words each; out: d[4] of each lane.
 template <MmaType type, bool shuffles>
@@ -350,6 +356,7 @@ Status bug_cuda(const Bug& a, int, void* stream) {
   GMK_RUN(vector_past_end);
   GMK_RUN(shared_past_end);
   GMK_RUN(dynamic_shared_past_end);
+  GMK_RUN(copy_past_end);
   GMK_RUN(misaligned_vector);
   GMK_RUN(misaligned_double);
   GMK_RUN(uninitialised_output);

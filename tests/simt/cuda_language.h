@@ -10,6 +10,11 @@
 
 #include "simt.h"
 
+#ifdef __SANITIZE_THREAD__  // kernel sources, not the runtime
+extern "C" void* memcpy(void*, const void*, size_t) noexcept __asm__("gmk_simt_memcpy");
+extern "C" void* memset(void*, int, size_t) noexcept __asm__("gmk_simt_memset");
+#endif
+
 #define __global__
 #define __device__
 #define __host__
@@ -28,7 +33,7 @@
 #define gridDim (::gmk_simt::grid_size())
 constexpr int warpSize = 32;
 
-// Vector types ---------------------------------------------------------------------------------------------------------
+// Vector types ------------------------------------------------------------
 #define GMK_SIMT_VECTOR(T, name, bytes)                                                              \
   struct alignas(2 * bytes) name##2 { T x, y; };                                                     \
   struct alignas(4 * bytes > 16 ? 16 : 4 * bytes) name##4 { T x, y, z, w; };                         \
@@ -41,7 +46,7 @@ GMK_SIMT_VECTOR(unsigned, uint, 4)
 #undef GMK_SIMT_VECTOR
 GMK_SIMT_INLINE uint3 make_uint3(unsigned x, unsigned y, unsigned z) { return {x, y, z}; }
 
-// Barriers and fences --------------------------------------------------------------------------------------------------
+// Barriers and fences ------------------------------------------------------------
 GMK_SIMT_INLINE void __syncthreads() { gmk_simt::block_barrier(gmk_simt::kPlain, 0); }
 GMK_SIMT_INLINE int __syncthreads_count(int p) { return gmk_simt::block_barrier(gmk_simt::kCount, p != 0); }
 GMK_SIMT_INLINE int __syncthreads_or(int p) { return gmk_simt::block_barrier(gmk_simt::kOr, p != 0); }
@@ -96,7 +101,7 @@ GMK_SIMT_INLINE T __reduce_min_sync(unsigned mask, T v) { return gmk_simt::reduc
 template <class T>
 GMK_SIMT_INLINE T __reduce_max_sync(unsigned mask, T v) { return gmk_simt::reduce(mask, v, gmk_simt::kMax); }
 
-// Atomics --------------------------------------------------------------------------------------------------------------
+// Atomics ------------------------------------------------------------
 namespace gmk_simt {
 template <class T, class F>
 GMK_SIMT_INLINE T atomic_update(T* p, F&& next) {
@@ -124,7 +129,7 @@ GMK_SIMT_INLINE T atomicCAS(T* p, T expected, T v) {
   return gmk_simt::atomic_update(p, [&](T old) { return old == expected ? v : old; });
 }
 
-// Loads with a cache hint ----------------------------------------------------------------------------------------------
+// Loads with a cache hint ------------------------------------------------------------
 template <class T>
 GMK_SIMT_INLINE T __ldg(const T* p) {
   T value;

@@ -18,9 +18,9 @@ constexpr size_t kFillLimit = size_t(256) << 20;
 
 uintptr_t arena = 0;
 size_t arena_bytes = 0, arena_top = kSharedArea;
-std::vector<Region*> regions;           // global memory
-std::vector<uint16_t> slots;            // 64 KiB slot -> 1 + index in `regions`, 0: nobody's
-std::vector<Region> shared_regions;     // of this block
+std::vector<Region*> regions;        // global memory
+std::vector<uint16_t> slots;         // 64 KiB slot -> 1 + index in `regions`, 0: nobody's
+std::vector<Region> shared_regions;  // of this block
 std::vector<std::pair<const Site*, size_t>> sites;
 size_t shared_top = 0;
 uint8_t* shared_state = nullptr;
@@ -67,14 +67,16 @@ std::string neighbour(uintptr_t address) {
 // Not device memory, not this thread's own stack. A kernel that goes on would crash the test process: so it ends here.
 void foreign(uintptr_t address, size_t bytes, Kind kind, const void* pc) {
   const uintptr_t closure = uintptr_t(machine.closure);
-  if (kind == Kind::read && address >= closure && address + bytes <= closure + machine.closure_bytes) return;  // arguments
+  if (kind == Kind::read && address >= closure && address + bytes <= closure + machine.closure_bytes)
+    return;                                              // arguments
   if (kind == Kind::read && in_module(address)) return;  // constants
   const Fiber* me = machine.current;
   const char* what = "memory of the host";
   if (address < 4096) what = "a null pointer";
   const uintptr_t first = machine.fibers[0].stack;
   if (address >= first && address < first + kMaxThreads * kStackBytes) what = "a local variable of another thread";
-  report("host-pointer", me, {pc_offset(pc)}, "%s of %zu bytes at %#zx, which is %s, not device memory; the launch ends here",
+  report("host-pointer", me, {pc_offset(pc)},
+         "%s of %zu bytes at %#zx, which is %s, not device memory; the launch ends here",
          kind == Kind::read ? "read" : "write", bytes, size_t(address), what);
   abort_launch();
 }
@@ -84,8 +86,9 @@ void check_initialised(Region& region, uintptr_t address, size_t bytes, Kind kin
   if (kind != Kind::write && !region.defined) {
     for (size_t i = 0; i < bytes; ++i) {
       if (state[i] & kInitialised) continue;
-      report("uninitialised", machine.current, {pc_offset(pc)}, "read of %zu bytes of %s at byte %zu, which nobody has written",
-             bytes, region.name.c_str(), size_t(address - region.low) + i);
+      report("uninitialised", machine.current, {pc_offset(pc)},
+             "read of %zu bytes of %s at byte %zu, which nobody has written", bytes, region.name.c_str(),
+             size_t(address - region.low) + i);
       break;
     }
   }
@@ -99,7 +102,8 @@ uintptr_t add_shared(const std::string& name, size_t bytes, size_t align) {
   const size_t offset = shared_top + kSharedGap * (shared_regions.size() + 1);
   const size_t start = (offset + 127) & ~size_t(127);
   if (start + bytes + kSharedGap > kSharedArea) {
-    report("bad-launch", machine.current, {}, "shared memory %s: %zu bytes are more than a block can have", name.c_str(), bytes);
+    report("bad-launch", machine.current, {}, "shared memory %s: %zu bytes are more than a block can have",
+           name.c_str(), bytes);
     abort_launch();
   }
   shared_top += bytes;
@@ -107,7 +111,8 @@ uintptr_t add_shared(const std::string& name, size_t bytes, size_t align) {
   __builtin_memset(reinterpret_cast<void*>(low), 0xff, bytes);
   __builtin_memset(shared_state + start, 0, bytes);
   // The cells need no clearing: what they hold is of another block's context.
-  shared_regions.push_back({low, low + bytes, name, true, false, false, shared_state + start, shared_cells + start / 4});
+  shared_regions.push_back(
+      {low, low + bytes, name, true, false, false, shared_state + start, shared_cells + start / 4});
   return low;
 }
 
@@ -145,8 +150,8 @@ void access(uintptr_t address, size_t bytes, Kind kind, const void* pc) {
     }
     if (region->read_only) {
       if (kind != Kind::read)
-        report("write-to-input", me, {pc_offset(pc)}, "%zu bytes at byte %zu of %s, which the kernel may only read", bytes,
-               size_t(address - region->low), region->name.c_str());
+        report("write-to-input", me, {pc_offset(pc)}, "%zu bytes at byte %zu of %s, which the kernel may only read",
+               bytes, size_t(address - region->low), region->name.c_str());
     }
     if (!region->defined || kind != Kind::read) check_initialised(*region, address, bytes, kind, pc);
     if (region->cells) check_race(*region, address, bytes, kind, pc);
@@ -160,7 +165,8 @@ void vector_access(uintptr_t address, size_t bytes, Kind kind, const void* pc) {
   const size_t unit = bytes < 16 ? bytes : 16;
   if (machine.options.check && address % unit)
     report("misaligned", machine.current, {pc_offset(pc)},
-           "%zu-byte vector access to an address that is %zu modulo %zu: a GPU stops here", bytes, size_t(address % unit), unit);
+           "%zu-byte vector access to an address that is %zu modulo %zu: a GPU stops here", bytes,
+           size_t(address % unit), unit);
   access(address, bytes, kind, pc);
 }
 }  // namespace

@@ -1,4 +1,5 @@
-// The Python module _simt: every <op>_cuda of the product, as csrc/<family>/bind.cpp binds it, and control of the machine.
+// The Python module _simt: every <op>_cuda of the product, as csrc/<family>/bind.cpp binds it, and control of the
+// machine.
 #include "runtime.h"
 
 #include <pybind11/stl.h>

@@ -1,6 +1,7 @@
 // Races: two threads touch the same bytes, one of them writes, and nothing orders the two.
 //
-// Every four bytes remember their last writer and up to two readers since. What orders an old access before the present:
+// Every four bytes remember their last writer and up to two readers since. What orders an old access before the
+// present:
 //   the same thread;  a block barrier since then;  __syncwarp of both lanes since then;
 //   another block's access: only that block's fence and atomic, then an atomic of ours on the same address.
 // Two atomics never race. Shuffles and votes order nothing, as on a GPU.
@@ -29,20 +30,29 @@ void report_race(const char* what, const Access& old, const Region& region, uint
   const dim3 g = machine.grid, b = machine.block_dim;
   const unsigned o = old.block, t = old.thread;
   report("race", machine.current, {pc_offset(pc), old.pc},
-         "%s at byte %zu of %s; the other access: block (%u,%u,%u) thread (%u,%u,%u)", what, size_t(address - region.low),
-         region.name.c_str(), o % g.x, o / g.x % g.y, o / g.x / g.y, t % b.x, t / b.x % b.y, t / b.x / b.y);
+         "%s at byte %zu of %s; the other access: block (%u,%u,%u) thread (%u,%u,%u)", what,
+         size_t(address - region.low), region.name.c_str(), o % g.x, o / g.x % g.y, o / g.x / g.y, t % b.x,
+         t / b.x % b.y, t / b.x / b.y);
 }
 
 }  // namespace
 
 void check_race(Region& region, uintptr_t address, size_t bytes, Kind kind, const void* pc) {
   const Fiber& me = *machine.current;
-  Access now{region.shared ? machine.block_serial : machine.launch, machine.block, pc_offset(pc), machine.epoch, me.clock,
-             uint16_t(me.linear), 0, kind == Kind::atomic, ++machine.time};
+  Access now{region.shared ? machine.block_serial : machine.launch,
+             machine.block,
+             pc_offset(pc),
+             machine.epoch,
+             me.clock,
+             uint16_t(me.linear),
+             0,
+             kind == Kind::atomic,
+             ++machine.time};
   const uintptr_t base = region.low & ~uintptr_t(3);  // a buffer may start at any byte
   for (uintptr_t word = address & ~uintptr_t(3); word < address + bytes; word += 4) {
     Cell& cell = region.cells[(word - base) / 4];
-    const unsigned first = unsigned(std::max(address, word) - word), last = unsigned(std::min(address + bytes, word + 4) - word);
+    const unsigned first = unsigned(std::max(address, word) - word),
+                   last = unsigned(std::min(address + bytes, word + 4) - word);
     now.bytes = uint8_t(((1u << last) - 1) & ~((1u << first) - 1));
     const Access& w = cell.write;
     if (w.context && (w.bytes & now.bytes) && !(now.atomic && w.atomic) && !ordered(w, me, region))
@@ -56,7 +66,8 @@ void check_race(Region& region, uintptr_t address, size_t bytes, Kind kind, cons
       cell.read[0].context = cell.read[1].context = 0;
     } else {
       const Access& r = cell.read[0];  // the second slot is for a reader of another warp: each may be unordered alone
-      const bool keep = r.context == now.context && r.epoch == now.epoch && (r.thread / 32 != now.thread / 32 || r.block != now.block);
+      const bool keep = r.context == now.context && r.epoch == now.epoch &&
+                        (r.thread / 32 != now.thread / 32 || r.block != now.block);
       cell.read[keep ? 1 : 0] = now;
     }
   }

@@ -26,7 +26,7 @@ struct Access {
   uint16_t thread;   // linear in its block
   uint8_t bytes;     // which of the cell's four bytes
   bool atomic;
-  uint64_t time;     // global order of all accesses
+  uint64_t time;  // global order of all accesses
 };
 // Four bytes of memory: who wrote last, and up to two readers since, from two warps.
 struct Cell {
@@ -143,9 +143,9 @@ void run_warp_op(WarpOp op, unsigned lanes, Fiber* warp);
 void try_warp(int warp);
 void wait_in_warp(WarpOp op, unsigned mask, int detail, const void* in, void* out, size_t bytes, const void* pc);
 void make_ready(Fiber& fiber);
-void yield_fiber();              // let another thread go on
-void preempt_point();            // perhaps
-void to_scheduler();             // the current fiber waits
+void yield_fiber();                // let another thread go on
+void preempt_point();              // perhaps
+void to_scheduler();               // the current fiber waits
 [[noreturn]] void abort_launch();  // from a fiber: drop every thread of this launch
 uint64_t random_bits();
 

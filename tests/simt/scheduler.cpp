@@ -1,5 +1,6 @@
 // Blocks run one after another; the threads of a block are fibers of one host thread. A fiber runs until it waits in a
-// barrier or a warp operation; which one goes on then is the schedule. Nothing here depends on time: a run repeats exactly.
+// barrier or a warp operation; which one goes on then is the schedule. Nothing here depends on time: a run repeats
+// exactly.
 #include "runtime.h"
 
 #include <setjmp.h>
@@ -53,7 +54,8 @@ void release_barrier() {
     if (fiber.wait != Wait::block) continue;
     count += fiber.vote_value;
     all &= fiber.vote_value;
-    if (!first) first = &fiber;
+    if (!first)
+      first = &fiber;
     else if (fiber.pc != first->pc)
       report("barrier-divergence", &fiber, {pc_offset(fiber.pc), pc_offset(first->pc)},
              "threads of a block meet in different barriers; in the other one: thread (%u,%u,%u)", first->index.x,
@@ -75,7 +77,8 @@ void release_barrier() {
 void exit_thread() {
   Fiber& me = *machine.current;
   if (!me.copies.empty())
-    report("async-not-waited", &me, {}, "the thread ends with %zu asynchronous copies that nobody waited for", me.copies.size());
+    report("async-not-waited", &me, {}, "the thread ends with %zu asynchronous copies that nobody waited for",
+           me.copies.size());
   me.wait = Wait::done;
   --machine.live;
   try_warp(me.linear / 32);
@@ -92,7 +95,8 @@ void fiber_main() {
 char* stacks() {
   static char* memory = nullptr;
   if (memory) return memory;
-  void* p = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* p = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) abort();
   memory = static_cast<char*>(p);
   for (size_t i = 0; i < kMaxThreads; ++i) mprotect(memory + i * kStackBytes, 4096, PROT_NONE);  // overflow stops here
@@ -149,9 +153,9 @@ void report_deadlock() {
   }
   for (const auto& place : places)
     report("deadlock", place.second.first, {pc_offset(place.first)},
-           "%d threads wait here in a %s forever; %d of %d threads have exited; the launch ends here", place.second.second,
-           place.second.first->wait == Wait::block ? "block barrier" : "warp operation", machine.threads - machine.live,
-           machine.threads);
+           "%d threads wait here in a %s forever; %d of %d threads have exited; the launch ends here",
+           place.second.second, place.second.first->wait == Wait::block ? "block barrier" : "warp operation",
+           machine.threads - machine.live, machine.threads);
 }
 
 void run_block(unsigned linear) {
@@ -190,7 +194,7 @@ class CrashGuard {
     stack.ss_sp = alternative;
     stack.ss_size = sizeof alternative;
     sigaltstack(&stack, &old_stack_);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = on_crash;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigaction(SIGSEGV, &action, &old_action_);
@@ -202,7 +206,7 @@ class CrashGuard {
 
  private:
   stack_t old_stack_{};
-  struct sigaction old_action_ {};
+  struct sigaction old_action_{};
 };
 
 void run_grid() {
@@ -299,8 +303,8 @@ const char* launch_any(const char* name, dim3 grid, dim3 block, size_t shared_by
   if (sigsetjmp(crashed, 1) == 0) {
     run_grid();
   } else {
-    report("crash", machine.current, {}, "stack overflow (more than %zu KiB of locals), or a wild jump; the launch ends here",
-           kStackBytes / 1024);
+    report("crash", machine.current, {},
+           "stack overflow (more than %zu KiB of locals), or a wild jump; the launch ends here", kStackBytes / 1024);
     machine.aborted = true;
   }
   machine.current = nullptr;

@@ -1,9 +1,11 @@
-// The emulator as a kernel sees it. csrc/cuda/prims.cuh includes this file in place of the CUDA headers when GMK_SIMT is
-// defined; cuda_language.h, included at the end, turns CUDA keywords and built-ins into calls of the functions below.
+// The emulator as a kernel sees it. csrc/cuda/prims.cuh includes this file in place of the CUDA headers when GMK_SIMT
+// is defined; cuda_language.h, included at the end, turns CUDA keywords and built-ins into calls of the functions
+// below.
 //
-// How it works (docs/emulator.md): a kernel source is compiled by g++ with -fsanitize=thread, so that the compiler puts a
-// call in front of every load and store. The runtime (the *.cpp beside this file) is linked in place of the sanitizer's
-// library: it receives those calls, runs every CUDA thread as a fiber, and so sees each access of each thread.
+// How it works (docs/emulator.md): a kernel source is compiled by g++ with -fsanitize=thread, so that the compiler puts
+// a call in front of every load and store. The runtime (the *.cpp beside this file) is linked in place of the
+// sanitizer's library: it receives those calls, runs every CUDA thread as a fiber, and so sees each access of each
+// thread.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -27,8 +29,8 @@ const char* launch_any(const char* name, dim3 grid, dim3 block, size_t shared_by
                        const void* closure, size_t closure_bytes);
 template <class F>
 const char* launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const F& body) {
-  return launch_any(name, grid, block, shared_bytes, [](const void* f) { (*static_cast<const F*>(f))(); }, &body,
-                    sizeof(F));
+  return launch_any(
+      name, grid, block, shared_bytes, [](const void* f) { (*static_cast<const F*>(f))(); }, &body, sizeof(F));
 }
 
 // Where this fiber is. `const`, because it never changes while a fiber lives.
@@ -46,10 +48,14 @@ struct Site {
 void* shared_static(const Site* site);
 void* shared_dynamic(size_t align);
 
-// One access of several elements: aligned to its size (at most 16 bytes), and checked whole, even if the kernel then uses
-// only a part of it.
+// One access of several elements: aligned to its size (at most 16 bytes), and checked whole, even if the kernel then
+// uses only a part of it.
 void vector_load(const void* p, void* to, size_t bytes);
 void vector_store(void* p, const void* from, size_t bytes);
+
+// What memcpy and memset in a kernel become: the compiler puts no call of its own in front of them.
+extern "C" void* gmk_simt_memcpy(void* to, const void* from, size_t bytes) noexcept;
+extern "C" void* gmk_simt_memset(void* to, int value, size_t bytes) noexcept;
 
 // The block's barrier, with the vote that __syncthreads_count, _or and _and take along.
 enum Vote : int { kPlain, kCount, kOr, kAnd };
@@ -70,7 +76,8 @@ void async_copy(void* shared, const void* global, int bytes, int source_bytes);
 void async_commit();
 void async_wait(int groups_left);
 
-// mma.sync with the fragment layout of the PTX manual: d = a b + c. a: 4 registers (tf32, m16n8k8; bf16, f16, m16n8k16).
+// mma.sync with the fragment layout of the PTX manual: d = a b + c. a: 4 registers (tf32, m16n8k8; bf16, f16,
+// m16n8k16).
 enum MmaKind : int { kMmaBf16, kMmaF16, kMmaTf32 };
 void mma(MmaKind kind, float* d, const uint32_t* a, const uint32_t* b, const float* c);
 

@@ -12,7 +12,9 @@ namespace {
 struct Values {  // what lane l brought, if it takes part
   const Fiber* warp;
   template <class T>
-  const T& of(int lane) const { return *static_cast<const T*>(warp[lane].in); }
+  const T& of(int lane) const {
+    return *static_cast<const T*>(warp[lane].in);
+  }
 };
 
 void run_shuffle(unsigned lanes, Fiber* warp) {
@@ -21,8 +23,8 @@ void run_shuffle(unsigned lanes, Fiber* warp) {
     Fiber& me = warp[l];
     const int source = me.detail;
     if (source < 0 || source > 31 || !(lanes >> source & 1)) {
-      report("shuffle-source", &me, {pc_offset(me.pc)}, "lane %d reads lane %d, which does not take part (mask %#x): undefined",
-             l, source, me.mask);
+      report("shuffle-source", &me, {pc_offset(me.pc)},
+             "lane %d reads lane %d, which does not take part (mask %#x): undefined", l, source, me.mask);
       __builtin_memset(me.out, 0xff, me.bytes);
     } else {
       __builtin_memcpy(me.out, warp[source].in, me.bytes);
@@ -46,8 +48,10 @@ void run_reduce(unsigned lanes, Fiber* warp) {
   for (int l = 0; l < 32; ++l) {
     if (!(lanes >> l & 1)) continue;
     const int64_t v = values.of<int64_t>(l);
-    if (first) result = v;
-    else result = warp[l].detail == kAdd ? result + v : warp[l].detail == kMin ? std::min(result, v) : std::max(result, v);
+    if (first)
+      result = v;
+    else
+      result = warp[l].detail == kAdd ? result + v : warp[l].detail == kMin ? std::min(result, v) : std::max(result, v);
     first = false;
   }
   for (int l = 0; l < 32; ++l)
@@ -66,7 +70,8 @@ float element(int kind, uint32_t word, int half) {
 }
 void run_mma(unsigned lanes, Fiber* warp) {
   if (lanes != 0xffffffffu) {
-    report("mma-mask", machine.current, {pc_offset(machine.current->pc)}, "mma.sync needs all 32 lanes, got %#x", lanes);
+    report("mma-mask", machine.current, {pc_offset(machine.current->pc)}, "mma.sync needs all 32 lanes, got %#x",
+           lanes);
     return;
   }
   const Values values{warp};
@@ -95,11 +100,16 @@ void run_mma(unsigned lanes, Fiber* warp) {
 
 void run_warp_op(WarpOp op, unsigned lanes, Fiber* warp) {
   switch (op) {
-    case WarpOp::barrier: return race_warp_barrier(lanes, warp);
-    case WarpOp::shuffle: return run_shuffle(lanes, warp);
-    case WarpOp::ballot: return run_ballot(lanes, warp);
-    case WarpOp::reduce: return run_reduce(lanes, warp);
-    case WarpOp::mma: return run_mma(lanes, warp);
+    case WarpOp::barrier:
+      return race_warp_barrier(lanes, warp);
+    case WarpOp::shuffle:
+      return run_shuffle(lanes, warp);
+    case WarpOp::ballot:
+      return run_ballot(lanes, warp);
+    case WarpOp::reduce:
+      return run_reduce(lanes, warp);
+    case WarpOp::mma:
+      return run_mma(lanes, warp);
   }
 }
 
@@ -124,8 +134,8 @@ void try_warp(int index) {
     }
     if (!complete) continue;
     if (gone)
-      report("warp-mask", &leader, {pc_offset(leader.pc)}, "mask %#x names lanes that have exited or do not exist (%#x are here)",
-             leader.mask, lanes);
+      report("warp-mask", &leader, {pc_offset(leader.pc)},
+             "mask %#x names lanes that have exited or do not exist (%#x are here)", leader.mask, lanes);
     run_warp_op(leader.op, lanes, warp);
     for (int i = 0; i < count; ++i)
       if (lanes >> i & 1) make_ready(warp[i]);
@@ -135,7 +145,8 @@ void try_warp(int index) {
 void wait_in_warp(WarpOp op, unsigned mask, int detail, const void* in, void* out, size_t bytes, const void* pc) {
   Fiber* const me = machine.current;
   if (!(mask >> me->lane & 1)) {
-    report("warp-mask", me, {pc_offset(pc)}, "lane %d calls a warp operation whose mask %#x does not name it", me->lane, mask);
+    report("warp-mask", me, {pc_offset(pc)}, "lane %d calls a warp operation whose mask %#x does not name it", me->lane,
+           mask);
     if (out) __builtin_memset(out, 0xff, bytes);
     return;
   }

@@ -21,6 +21,10 @@ def _data(device, *shape, seed=0):
     return ops.philox_normal(shape, seed=seed, stream=256, device=device)
 
 
+def _in_float64(*tensors):
+    return [t.cpu().double() for t in tensors]
+
+
 def _philox_normal(device):
     return (
         lambda: ops.philox_normal((3, 1001), seed=7, device=device),
@@ -35,9 +39,44 @@ def _philox_uniform(device):
     )
 
 
+def _diffusion_step(device):
+    x, m = _data(device, 3, 4, 333), _data(device, 3, 4, 333, seed=1)
+    c = torch.tensor([1.2, -0.7, 0.3, 0.6, 0.0, 0.0, 0.0, 0.5], device=device)
+    return (
+        lambda: ops.diffusion_step(x, m, c, clip=1.0, noise=True, seed=7, step=3),
+        lambda: reference.diffusion.diffusion_step(
+            *_in_float64(x, m, c), low=-1.0, high=1.0, noise=True, seed=7, step=3
+        )[0],
+    )
+
+
+def _gmm_log_prob(device):
+    x, means = _data(device, 1001, 5), 3 * _data(device, 4, 5, seed=1)
+    log_weights = torch.tensor([0.1, 0.2, 0.3, 0.4], device=device).log()
+    chol = torch.triu(0.2 * _data(device, 4, 5, 5, seed=2), 1) + 1.5 * torch.eye(5, device=device)
+    args = (x, log_weights, means, chol)
+    return (
+        lambda: ops.gmm_log_prob(*args, covariance_type="full"),
+        lambda: reference.gmm.gmm_log_prob(*_in_float64(*args), covariance_type="full"),
+    )
+
+
+def _masked_conv2d(device):
+    x, bias = _data(device, 2, 9, 11, 13), _data(device, 16, seed=2)
+    weight = _data(device, 16, 9, 3, 3, seed=1) / 6
+    taps = reference.masked_conv.raster_taps(3, 3, "B")
+    return (
+        lambda: ops.masked_conv2d(x, weight, bias, "B", gate="tanh_sigmoid"),
+        lambda: reference.masked_conv.masked_conv2d(*_in_float64(x, weight, bias), taps, (1, 1), True),
+    )
+
+
 CASES = {
     "philox_normal": _philox_normal,
     "philox_uniform": _philox_uniform,
+    "diffusion_step": _diffusion_step,
+    "gmm_log_prob": _gmm_log_prob,
+    "masked_conv2d": _masked_conv2d,
 }
 
 

@@ -7,7 +7,15 @@ import torch.nn.functional as F
 
 from .. import reference
 from .._call import (
-    DTYPE_CODE, HALVES, Kernel, Op, _copy_into, check_floating, check_int, check_same_dtype, check_tensor,
+    DTYPE_CODE,
+    HALVES,
+    Kernel,
+    Op,
+    _copy_into,
+    check_floating,
+    check_int,
+    check_same_dtype,
+    check_tensor,
 )
 
 _forward = Kernel("masked_conv2d")
@@ -63,13 +71,19 @@ def _check(x, weight, bias, taps, gated):
 # ops -----------------------------------------------------------------------------------------------------------------
 
 
+def _reaching(taps, kh, kw, dilation, h, w):
+    """Taps that reach any pixel of the image: the others add zeros only, and scratch must not grow with the dilation."""
+    return [t for t in taps if abs(t // kw - kh // 2) * dilation[0] < h and abs(t % kw - kw // 2) * dilation[1] < w]
+
+
 def _convolve(out, x, weight, bias, grad, taps, dilation, gate, transposed=False):
     x, weight, grad = _dense(x), weight.contiguous(), _dense(grad)
     bias = None if bias is None else bias.contiguous()
     c_out = weight.shape[1 if transposed else 0]
     b, c_in, h, w = x.shape
+    taps = _reaching(taps, *weight.shape[2:], dilation, h, w)
     nhwc = [_nhwc(out), _nhwc(x), grad is not None and _nhwc(grad)]
-    _forward((out,), (x, weight, bias, grad), [b, c_in, c_out, h, w], list(taps), [*weight.shape[2:], *dilation],
+    _forward((out,), (x, weight, bias, grad), [b, c_in, c_out, h, w], taps, [*weight.shape[2:], *dilation],
              transposed, nhwc, gate, DTYPE_CODE[x.dtype])
 
 
@@ -148,12 +162,13 @@ def _weight_outputs(grad, x, kh, kw, taps, dilation, out=None):
 def _weight_launch(outs, grad, x, kh, kw, taps, dilation):
     grad, x = _dense(grad), _dense(x)
     b, c_in, h, w = x.shape
+    taps = _reaching(taps, kh, kw, dilation, h, w)
     c_out, rows = grad.shape[1], len(taps) * c_in + 1
     workspace, groups = None, 1
     if x.is_cuda or Kernel.backend is not None:  # parts of the sum over pixels, together no larger than x and grad
         groups = max(1, min(64, -(-b * h * w // 512), (x.numel() + grad.numel()) // max(1, rows * c_out)))
         workspace = x.new_empty((groups, rows, c_out))
-    _weight((*outs, workspace), (grad, x), [b, c_in, c_out, h, w], list(taps), [kh, kw, *dilation], groups,
+    _weight((*outs, workspace), (grad, x), [b, c_in, c_out, h, w], taps, [kh, kw, *dilation], groups,
             [_nhwc(grad), _nhwc(x)], DTYPE_CODE[x.dtype])
 
 
