@@ -1,5 +1,5 @@
 """Every op in plain torch: readable, exact in float64, the oracle of the tests and the fallback."""
 
-from . import random
+from . import gmm, random
 
-__all__ = ["random"]
+__all__ = ["gmm", "random"]
