@@ -9,8 +9,9 @@ from typing import Any
 class Case:
     """One row of the table: our call, everything it is compared with, and what bounds it.
 
-    bench_<family>.py has `cases(quick, device)`, a generator: each case is measured before the next one is built, so
-    only one case's data is alive at a time. Every callable takes no argument, has been given its data by closure, and
+    bench_<family>.py has `OPS`, the names of its ops (without it they are found by running the generator), and
+    `cases(quick, device)`, a generator: each case is measured before the next one is built, so only one case's data is
+    alive at a time. Every callable takes no argument, has been given its data by closure, and
     does the whole job each time (same inputs, same allocation rule on both sides).
     """
 

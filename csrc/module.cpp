@@ -1,4 +1,5 @@
 #include "core/dispatch.h"
+#include "core/plain_tensor.h"
 #include "core/tensor_args.h"
 
 #include <omp.h>
@@ -23,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
   bind_gmm(m);
   bind_masked_conv(m);
 
+  m.def("adopt_torch", adopt_torch);
   m.def("isa", [] { return isa_name(isa_current()); });
   m.def("isas", [] {
     py::list names;
@@ -51,5 +53,6 @@ PYBIND11_MODULE(_C, m) {
   });
 #else
   m.attr("with_cuda") = false;
+  m.attr("cuda_missing") = GMK_CUDA_MISSING;  // why: `doctor` repeats it
 #endif
 }

@@ -19,7 +19,7 @@ TOLERANCE = {
 
 @dataclass(frozen=True)
 class Device:
-    """Where a test runs. On "simt" the tensors are CPU tensors and the CUDA kernels run in the emulator: keep it small."""
+    """Where a test runs. On "simt", CPU tensors go to the CUDA kernels in the emulator: keep them small."""
 
     name: str  # "cpu", "simt", "cuda"
 

@@ -1,7 +1,8 @@
-import cases
 import pytest
 import torch
 
+import cases
+from call_ops import routes  # noqa: F401  (a fixture)
 from gmkernels import _C, _call
 
 

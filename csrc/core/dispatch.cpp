@@ -24,8 +24,14 @@ const char* isa_name(int isa) { return kNames[isa]; }
 bool isa_available(int isa) {
 #ifdef GMK_HAVE_avx2
   __builtin_cpu_init();
-  if (isa == kAvx512) return __builtin_cpu_supports("x86-64-v4");
-  if (isa == kAvx2) return __builtin_cpu_supports("x86-64-v3");
+  // Feature by feature: the names "x86-64-v3", "x86-64-v4" are younger (GCC 12) than the -march of that name (GCC 11).
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                  __builtin_cpu_supports("bmi2");
+  if (isa == kAvx2) return v3;
+  if (isa == kAvx512)
+    return v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
 #endif
   return isa == kBase;
 }

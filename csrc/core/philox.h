@@ -47,35 +47,31 @@ GMK_HD float rn_add(float a, float b) { return a + b; }
 GMK_HD float rn_sqrt(float a) { return __builtin_sqrtf(a); }
 #endif
 
-// -2 ln((r + 0.5) / 2^32), relative error below 3e-7 everywhere: near 1 the logarithm is that of 1 - (1 - u).
+// -2 ln((r + 0.5) / 2^32) with a small relative error everywhere: near 1 it is the logarithm of 1 + (u - 1).
 GMK_HD float minus_2_log(uint32_t r) {
-  const float u = rn_fma(float(r), 2.3283064365386963e-10f, 1.1641532182693481e-10f);
-  const float w = rn_fma(float(~r), 2.3283064365386963e-10f, 1.1641532182693481e-10f);  // 1 - u
-  const uint32_t t = float_bits(u) - 0x3F3504F3u;                                       // bits of sqrt(1/2)
-  const bool near_one = r >= 0xB504F334u;
-  const float f = near_one ? -w : rn_add(bits_float((t & 0x007FFFFFu) + 0x3F3504F3u), -1.0f);
+  const bool near_one = r >= 0xB504F334u;  // u > sqrt(1/2): as a signed number r is (u - 1) 2^32, with all its bits
+  const float u = rn_fma(near_one ? float(int32_t(r)) : float(r), 2.3283064365386963e-10f, 1.1641532182693481e-10f);
+  const uint32_t t = float_bits(u) - 0x3F3504F3u;  // bits of sqrt(1/2)
   const float e = near_one ? 0.0f : float(int32_t(t) >> 23);
-  const float z = rn_mul(f, f);
-  float p = 7.0376836292e-2f;
-  p = rn_fma(p, f, -1.1514610310e-1f);
-  p = rn_fma(p, f, 1.1676998740e-1f);
-  p = rn_fma(p, f, -1.2420140846e-1f);
-  p = rn_fma(p, f, 1.4249322787e-1f);
-  p = rn_fma(p, f, -1.6668057665e-1f);
-  p = rn_fma(p, f, 2.0000714765e-1f);
-  p = rn_fma(p, f, -2.4999993993e-1f);
-  p = rn_fma(p, f, 3.3333331174e-1f);
-  float y = rn_mul(rn_mul(p, f), z);
-  y = rn_fma(e, -2.12194440e-4f, y);
-  y = rn_fma(-0.5f, z, y);
-  const float l = rn_fma(e, 0.693359375f, rn_add(f, y));
-  return rn_mul(-2.0f, l);
+  const float f = near_one ? u : rn_add(bits_float((t & 0x007FFFFFu) + 0x3F3504F3u), -1.0f);
+  float p = -1.40753672584e-1f;  // -2 ln(1 + f) / f, Cephes' coefficients
+  p = rn_fma(p, f, 2.3029220620e-1f);
+  p = rn_fma(p, f, -2.3353997480e-1f);
+  p = rn_fma(p, f, 2.4840281692e-1f);
+  p = rn_fma(p, f, -2.8498644574e-1f);
+  p = rn_fma(p, f, 3.3336115330e-1f);
+  p = rn_fma(p, f, -4.0001429530e-1f);
+  p = rn_fma(p, f, 4.9999987986e-1f);
+  p = rn_fma(p, f, -6.6666662348e-1f);
+  p = rn_fma(p, f, 1.0f);
+  p = rn_fma(p, f, -2.0f);
+  return rn_fma(e, -1.38629436112f, rn_mul(p, f));
 }
 
 // sin and cos of 2 pi r / 2^32: the quadrant from the top bits, a polynomial on [-pi/4, pi/4].
 GMK_HD void sincos_2pi(uint32_t r, float* sine, float* cosine) {
-  const uint32_t quadrant = (r + 0x20000000u) >> 30;
-  const float x = rn_mul(float(int32_t(r - (quadrant << 30))), 1.4629180792671596e-9f);  // * pi 2^-31
+  const uint32_t turned = r + 0x20000000u;  // bits 31 and 30 are the quadrant
+  const float x = rn_mul(float(int32_t(r - (turned & 0xC0000000u))), 1.4629180792671596e-9f);  // * pi 2^-31
   const float z = rn_mul(x, x);
   float s = rn_fma(-1.9515295891e-4f, z, 8.3321608736e-3f);
   s = rn_fma(s, z, -1.6666654611e-1f);
@@ -83,9 +79,9 @@ GMK_HD void sincos_2pi(uint32_t r, float* sine, float* cosine) {
   float c = rn_fma(2.443315711809948e-5f, z, -1.388731625493765e-3f);
   c = rn_fma(c, z, 4.166664568298827e-2f);
   c = rn_fma(c, rn_mul(z, z), rn_fma(-0.5f, z, 1.0f));
-  const bool swap = quadrant & 1u;
-  *sine = bits_float(float_bits(swap ? c : s) ^ ((quadrant & 2u) << 30));
-  *cosine = bits_float(float_bits(swap ? s : c) ^ (((quadrant + 1u) & 2u) << 30));
+  const bool swap = turned & 0x40000000u;
+  *sine = bits_float(float_bits(swap ? c : s) ^ (turned & 0x80000000u));
+  *cosine = bits_float(float_bits(swap ? s : c) ^ ((turned + 0x40000000u) & 0x80000000u));
 }
 
 // Box-Muller: words 0 and 1 give normals 0 and 1 (cosine, sine), words 2 and 3 give normals 2 and 3. |z| <= 6.77.

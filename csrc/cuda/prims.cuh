@@ -30,7 +30,7 @@ struct type_id {
 // GMK_LAUNCH((kernel<T>), grid, block, shared_bytes, stream, args...) is a Status.
 #define GMK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ((void)(stream), ::gmk_simt::launch(#kernel, grid, block, shared_bytes, [=] { (GMK_UNPAREN kernel)(__VA_ARGS__); }))
-#define GMK_DEV static inline
+#define GMK_DEV inline __attribute__((always_inline))  // so that a report names the line of the kernel
 #else
 #define GMK_SHARED(name, ...) __shared__ __align__(16) typename ::gmk::type_id<__VA_ARGS__>::type name
 #define GMK_DYN_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -97,16 +97,20 @@ GMK_DEV bool aligned(const void* p, size_t bytes) {
 template <class T, int n>
 GMK_DEV Pack<T, n> load_pack(const T* p) {
 #ifdef GMK_SIMT
-  gmk_simt::vector_check(p, alignof(Pack<T, n>));
-#endif
+  Pack<T, n> x;
+  gmk_simt::vector_load(p, &x, sizeof x);
+  return x;
+#else
   return *reinterpret_cast<const Pack<T, n>*>(p);
+#endif
 }
 template <class T, int n>
 GMK_DEV void store_pack(T* p, const Pack<T, n>& x) {
 #ifdef GMK_SIMT
-  gmk_simt::vector_check(p, alignof(Pack<T, n>));
-#endif
+  gmk_simt::vector_store(p, &x, sizeof x);
+#else
   *reinterpret_cast<Pack<T, n>*>(p) = x;
+#endif
 }
 
 template <class T>
@@ -116,13 +120,89 @@ GMK_DEV T warp_sum(T v) {  // the same value in all 32 lanes, always added in th
   return v;
 }
 template <class T>
-GMK_DEV T warp_max(T v) {
+GMK_DEV T warp_max(T v) {  // NaN if any lane has one
 #pragma unroll
   for (int o = 16; o; o >>= 1) {
     const T w = __shfl_xor_sync(kFullWarp, v, o);
     v = v > w || v != v ? v : w;
   }
   return v;
+}
+
+// cp.async: 16 bytes of global memory to shared memory without passing through registers, on sm_80 and up; sm_75 copies at
+// once. Only the first `bytes` are read, the rest becomes zero. Both addresses are multiples of 16. The order of use:
+//   cp_async16(...) ...; cp_async_commit();   cp_async_wait<groups that may still be under way>(); __syncthreads();
+GMK_DEV void cp_async16(void* shared, const void* global, int bytes = 16) {
+#ifdef GMK_SIMT
+  gmk_simt::async_copy(shared, global, 16, bytes);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  for (int i = 0; i < 16; ++i) ((unsigned char*)shared)[i] = i < bytes ? ((const unsigned char*)global)[i] : 0;
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
+               "l"(global), "r"(bytes)
+               : "memory");
+#endif
+}
+GMK_DEV void cp_async_commit() {
+#ifdef GMK_SIMT
+  gmk_simt::async_commit();
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+#endif
+}
+template <int groups>
+GMK_DEV void cp_async_wait() {
+#ifdef GMK_SIMT
+  gmk_simt::async_wait(groups);
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(groups) : "memory");
+#endif
+}
+
+// Tensor cores, a warp at a time: d = a b + c with float32 sums; A is 16 x k row-major, B k x 8 column-major, C and D 16 x 8.
+// k = 16 for bf16 and f16, two values a register (the lower index in the lower half); k = 8 for tf32, one value a register.
+// With lane = 4 g + t (PTX ISA, "Matrix Fragments"), and columns counted in registers (k / 2 of them, or k):
+//   a[i] = A[g + 8 (i & 1)][t + 4 (i >> 1)]    b[i] = B[t + 4 i][g]    c[i] = C[g + 8 (i >> 1)][2 t + (i & 1)]
+enum MmaType { kMmaBf16, kMmaF16, kMmaTf32 };
+template <MmaType type>
+GMK_DEV void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  const auto value = [](uint32_t word, int half) {
+    if (type == kMmaTf32) return bits_float(word & 0xffffe000u);
+    const uint16_t bits = uint16_t(half ? word >> 16 : word);
+    return type == kMmaBf16 ? to_float(bf16{bits}) : to_float(f16{bits});
+  };
+  const int lane = (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32, g = lane / 4, t = lane % 4;
+  float sum[4] = {c[0], c[1], c[2], c[3]};
+  for (int i = 0; i < 2; ++i) {
+    for (int s = 0; s < 4; ++s) {
+      const uint32_t row[2] = {__shfl_sync(kFullWarp, a[2 * i], 4 * g + s), __shfl_sync(kFullWarp, a[2 * i + 1], 4 * g + s)};
+      const uint32_t column[2] = {__shfl_sync(kFullWarp, b[i], 8 * t + s), __shfl_sync(kFullWarp, b[i], 8 * t + 4 + s)};
+      for (int half = 0; half < (type == kMmaTf32 ? 1 : 2); ++half)
+        for (int j = 0; j < 4; ++j) sum[j] += value(row[j >> 1], half) * value(column[j & 1], half);
+    }
+  }
+  for (int j = 0; j < 4; ++j) d[j] = sum[j];
+}
+#ifdef GMK_SIMT
+#define GMK_MMA(shape, types, type) ::gmk_simt::mma(::gmk_simt::type, d, a, b, c)
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define GMK_MMA(shape, types, type) mma_by_shuffles<type>(d, a, b, c)  // sm_75 has none of these instructions
+#else
+#define GMK_MMA(shape, types, type)                                                                          \
+  asm volatile("mma.sync.aligned." shape ".row.col.f32." types ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},"   \
+               "{%10,%11,%12,%13};\n"                                                                        \
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                              \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),     \
+                 "f"(c[2]), "f"(c[3]))
+#endif
+GMK_DEV void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  GMK_MMA("m16n8k16", "bf16.bf16", kMmaBf16);
+}
+GMK_DEV void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  GMK_MMA("m16n8k16", "f16.f16", kMmaF16);
+}
+GMK_DEV void mma_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
+  GMK_MMA("m16n8k8", "tf32.tf32", kMmaTf32);
 }
 
 }  // namespace gmk

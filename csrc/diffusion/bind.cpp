@@ -1,5 +1,55 @@
+#include "core/dispatch.h"
 #include "core/tensor_args.h"
+#include "diffusion/diffusion.h"
 
 namespace gmk {
-void bind_diffusion(py::module_&) {}
+
+#ifndef GMK_SIMT
+GMK_ISA_TABLES(DiffusionKernels, diffusion_kernels)
+
+PyMethodDef* diffusion_step_plain_method();  // bind_plain.cpp
+
+Status diffusion_step_cpu(const DiffusionStep& a, int threads) { return diffusion_kernels().diffusion_step(a, threads); }
+#endif
+
+static DiffusionStep diffusion_step(Address out, Address x0, Address x, Address model_output, Address coefficients,
+                                    Address uncond, Address h1, Address h2, Address h3, Address variance, Address noise,
+                                    Address seeds, int64_t numel, int64_t coefficient_rows, int64_t seed_rows,
+                                    uint64_t seed, uint32_t step, double guidance, double low, double high,
+                                    int noise_kind, int dtype, bool wide) {
+  DiffusionStep a{};
+  a.out = pointer(out, numel, "out");
+  a.x0 = optional_pointer(x0);
+  a.x = pointer<const void>(x, numel, "x");
+  a.model_output = pointer<const void>(model_output, numel, "model_output");
+  a.coefficients = pointer<const void>(coefficients, numel, "coefficients");
+  a.uncond = optional_pointer<const void>(uncond);
+  a.history[0] = optional_pointer<const void>(h1);
+  a.history[1] = optional_pointer<const void>(h2);
+  a.history[2] = optional_pointer<const void>(h3);
+  a.variance = optional_pointer<const void>(variance);
+  a.noise = pointer<const void>(noise, noise_kind == kGivenNoise ? numel : 0, "noise");
+  a.seeds = optional_pointer<const int64_t>(seeds);
+  a.numel = numel;
+  a.coefficient_rows = coefficient_rows;
+  a.seed_rows = seed_rows;
+  a.seed = seed;
+  a.step = step;
+  a.guidance = guidance;
+  a.low = low;
+  a.high = high;
+  a.noise_kind = noise_kind;
+  a.dtype = dtype;
+  a.wide = wide;
+  return a;
+}
+
+void bind_diffusion(py::module_& m) {
+  bind_op(m, "diffusion_step", diffusion_step, GMK_CPU(diffusion_step_cpu), GMK_CUDA(diffusion_step_cuda));
+#ifndef GMK_SIMT
+  PyMethodDef* const method = diffusion_step_plain_method();
+  m.attr(method->ml_name) = py::reinterpret_steal<py::object>(PyCFunction_New(method, nullptr));
+#endif
+}
+
 }  // namespace gmk

@@ -1,5 +1,91 @@
+#include <pybind11/stl.h>
+
+#include <vector>
+
+#include "core/dispatch.h"
 #include "core/tensor_args.h"
+#include "masked_conv/masked_conv.h"
 
 namespace gmk {
-void bind_masked_conv(py::module_&) {}
+
+GMK_ISA_TABLES(MaskedConvKernels, masked_conv_kernels)
+GMK_ISA_TABLES(MaskedConvWeightKernels, masked_conv_weight_kernels)
+
+using Ints = std::vector<std::int64_t>;
+
+// kernel = (kh, kw, dh, dw). Taps that reach no pixel of an h x w image are left out: they add zeros only, and a band
+// of x must not grow with the dilation.
+static Taps taps_of(const Ints& index, const Ints& kernel, bool negated, std::int64_t h, std::int64_t w) {
+  Taps t{};
+  t.kh = int(kernel.at(0));
+  t.kw = int(kernel.at(1));
+  t.dh = int(kernel.at(2));
+  t.dw = int(kernel.at(3));
+  t.sign = negated ? -1 : 1;
+  if (index.size() > size_t(kMaxTaps)) throw std::invalid_argument("more live taps than a kernel takes");
+  for (size_t i = 0; i < index.size(); ++i) {
+    const std::int64_t tap = index[negated ? index.size() - 1 - i : i];
+    if (tap < 0 || tap >= std::int64_t(t.kh) * t.kw) throw std::invalid_argument("a tap outside the kernel");
+    t.index[t.count] = std::int16_t(tap);
+    const std::int64_t dy = tap_dy(t, t.count), dx = tap_dx(t, t.count);
+    if (dy > -h && dy < h && dx > -w && dx < w) ++t.count;
+  }
+  return t;
+}
+
+static MaskedConv masked_conv2d(Address out, Address x, Address weight, Address bias, Address grad, const Ints& size,
+                                const Ints& taps, const Ints& kernel, bool transposed, const Ints& nhwc, int gate,
+                                int dtype) {
+  MaskedConv a{};
+  a.b = size.at(0);
+  a.c_in = size.at(1);
+  a.c_out = size.at(2);
+  a.h = size.at(3);
+  a.w = size.at(4);
+  a.taps = taps_of(taps, kernel, transposed, a.h, a.w);
+  const std::int64_t area = std::int64_t(a.taps.kh) * a.taps.kw, pixels = a.b * a.h * a.w;
+  a.weight_out = transposed ? area : a.c_in * area;
+  a.weight_in = transposed ? a.c_out * area : area;
+  const std::int64_t gated = a.c_out / 2;
+  a.out = pointer(out, pixels * (gate == kGate ? gated : a.c_out), "out");
+  a.x = pointer(x, pixels * a.c_in, "x");
+  a.weight = pointer(weight, a.c_in * a.c_out * area, "weight");
+  a.bias = optional_pointer(bias);
+  a.grad = pointer(grad, gate == kGateGradient ? pixels * gated : 0, "grad");
+  a.out_nhwc = nhwc.at(0);
+  a.x_nhwc = nhwc.at(1);
+  a.grad_nhwc = nhwc.at(2);
+  a.gate = gate;
+  a.dtype = dtype;
+  return a;
+}
+
+static MaskedConvWeight masked_conv2d_backward_weight(Address weight, Address bias, Address workspace, Address grad,
+                                                      Address x, const Ints& size, const Ints& taps, const Ints& kernel,
+                                                      std::int64_t groups, const Ints& nhwc, int dtype) {
+  MaskedConvWeight a{};
+  a.b = size.at(0);
+  a.c_in = size.at(1);
+  a.c_out = size.at(2);
+  a.h = size.at(3);
+  a.w = size.at(4);
+  a.taps = taps_of(taps, kernel, false, a.h, a.w);
+  a.weight = pointer(weight, a.c_in * a.c_out * a.taps.kh * a.taps.kw, "weight");
+  a.bias = optional_pointer(bias);
+  a.workspace = optional_pointer(workspace);
+  a.grad = pointer(grad, a.b * a.c_out * a.h * a.w, "grad");
+  a.x = pointer(x, a.b * a.c_in * a.h * a.w, "x");
+  a.groups = groups;
+  a.grad_nhwc = nhwc.at(0);
+  a.x_nhwc = nhwc.at(1);
+  a.dtype = dtype;
+  return a;
+}
+
+void bind_masked_conv(py::module_& m) {
+  bind_op(m, "masked_conv2d", masked_conv2d, GMK_CPU(masked_conv_kernels().forward), GMK_CUDA(masked_conv2d_cuda));
+  bind_op(m, "masked_conv2d_backward_weight", masked_conv2d_backward_weight,
+          GMK_CPU(masked_conv_weight_kernels().backward_weight), GMK_CUDA(masked_conv2d_backward_weight_cuda));
+}
+
 }  // namespace gmk

@@ -79,6 +79,21 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
+_C.adopt_torch(torch.Tensor, torch.nn.Parameter, torch.empty_like, threads)
+
+
+def plain_eager() -> bool:
+    """May an op try its fast route (csrc/core/plain_tensor.h), which checks the tensors but cannot see the modes?"""
+    return not is_compiling() and Kernel.backend is None and not _observed()
+
+
+def written(*outs):
+    """Autograd must notice that tensors it may have saved have changed. None stands for an absent one."""
+    for o in outs:
+        if o is not None and not o.is_inference():
+            torch.autograd.graph.increment_version(o)
+
+
 class Kernel:
     """The C++ entry points `_C.<name>_cpu` and `_C.<name>_cuda`.
 
@@ -118,18 +133,21 @@ class Op:
     dtypes            those of the first tensor that `launch` takes; other floating dtypes run the reference
     setup, backward   as in torch.library.register_autograd; a backward made of ops can be differentiated again
     autocast          dtype to compute in under torch.autocast, for a kernel that has no half precision
-    cuda              the Kernel that a CUDA tensor needs: where this build lacks it, the reference runs
+    kernel            the Kernel that `launch` calls: a CUDA tensor without a CUDA half runs the reference
+    device_arg        index of the `Device` argument of an op that may be called with no tensor at all
     """
 
     def __init__(self, schema, *, outputs, launch, reference, kernel, dtypes=(torch.float32, torch.float64),
-                 setup=None, backward=None, autocast=None):
+                 setup=None, backward=None, autocast=None, device_arg=None):
         self.name = name = schema.partition("(")[0]
         self.outputs, self.launch, self.reference, self.kernel = outputs, launch, reference, kernel
-        self.dtypes, self.autocast = frozenset(dtypes), autocast
+        self.dtypes, self.autocast, self.device_arg = frozenset(dtypes), autocast, device_arg
         self._warned = False
         _library.define(schema)
         for backend in _BACKENDS:
             _library.impl(name, self._run, backend)
+        if device_arg is not None:
+            _library.impl(name, self._select_backend(device_arg), "BackendSelect", with_keyset=True)
         torch.library.register_fake(f"{NAMESPACE}::{name}", outputs, lib=_library)
         self.op = getattr(getattr(torch.ops, NAMESPACE), name).default
         types = [str(a.type) for a in self.op._schema.arguments]
@@ -158,6 +176,13 @@ class Op:
         self.transformable = _function(
             name, forward=lambda *args: self.op(*args), setup_context=setup, backward=backward, vmap=batched
         )
+
+    def _select_backend(self, device_arg):
+        def select(keys, *args):
+            key = torch._C._dispatch_key_for_device(args[device_arg].type)
+            return self.op.redispatch(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), *args)
+
+        return select
 
     def __call__(self, *args, out=None):
         if is_compiling() or _observed():
@@ -189,13 +214,16 @@ class Op:
                 first = t
             elif t.device != first.device:
                 raise ValueError(f"{self.name}: tensors on {first.device} and {t.device}; all must be on one device")
-        if first is not None:
+        if first is None:
+            kind = args[self.device_arg].type
+        else:
+            kind = "cpu" if first.is_cpu else first.device.type
             if first.dtype not in self.dtypes and first.dtype.is_floating_point:
                 return self._fall_back(args, out, f"no {first.dtype} kernel")
-            if not first.is_cpu and not (first.is_cuda and self.kernel.cuda is not None):
-                if first.is_meta:
-                    return self.op(*args)
-                return self._fall_back(args, out, f"no kernel for {first.device.type} in this build")
+        if kind != "cpu" and (kind != "cuda" or self.kernel.cuda is None):
+            if kind == "meta":
+                return self.outputs(*args, out=out)
+            return self._fall_back(args, out, f"no kernel for {kind} in this build")
         result = self.outputs(*args, out=out)
         self.launch(result, *args)
         return result
@@ -218,9 +246,7 @@ class Op:
             if device is not None and o.device != device:
                 raise ValueError(f"{self.name}: out is on {o.device}, the inputs on {device}")
         self._run(*args, out=out)
-        for o in out if isinstance(out, tuple) else (out,):
-            if not o.is_inference():  # autograd must notice that a tensor it may have saved has changed
-                torch.autograd.graph.increment_version(o)
+        written(*(out if isinstance(out, tuple) else (out,)))
         return out
 
     def _dispatch(self, args, out):
@@ -310,10 +336,13 @@ def check_same_dtype(name, t, **others):
 
 def check_int(name, value, low, high):
     """An integer in [low, high); bool is refused."""
-    try:
-        index = value.__index__()
-    except (AttributeError, TypeError):
-        index = None
+    if isinstance(value, int):  # also a symbolic one: __index__ would make torch.compile specialise
+        index = value
+    else:
+        try:
+            index = value.__index__()
+        except (AttributeError, TypeError):
+            index = None
     if index is None or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if not low <= index < high:
@@ -329,12 +358,13 @@ _SEED_LIMITS = (-(2**63), 2**64)
 def split_seed(seed, device, samples=None):
     """A `seed` argument as (seed tensor or None, seed int), the form of every random op's schema.
 
-    None: one 64-bit seed from torch's default CPU generator; under torch.compile a tensor drawn inside the graph.
+    None: one 64-bit seed from torch's default CPU generator; under torch.compile, tracers and modes a tensor drawn
+    where they see it (inside the graph).
     An int counts over the whole output. An int64 tensor of no dimension counts over the whole output too; one of shape
     [samples] gives each sample its own numbers, whatever batch it is in.
     """
     if seed is None:
-        if is_compiling():
+        if is_compiling() or _observed():
             return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device), 0
         return None, int(torch.randint(-(2**63), 2**63 - 1, ()))
     if isinstance(seed, torch.Tensor):

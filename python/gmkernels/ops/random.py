@@ -1,11 +1,12 @@
 """Counter-based random numbers: the same bits on every device, instruction set and thread count."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from .. import reference
-from .._call import DTYPE_CODE, Kernel, Op, check_int, split_seed
+from .._call import DTYPE_CODE, Kernel, Op, check_int, check_tensor, plain_eager, split_seed, written
 
 STREAM_NORMAL, STREAM_UNIFORM, STREAM_DIFFUSION_STEP = 0, 1, 2  # csrc/core/philox.h
 _NORMAL, _UNIFORM = 0, 1
@@ -44,15 +45,52 @@ _op = Op(
     reference=_reference,
     kernel=_fill,
     dtypes=(torch.int64,),
+    device_arg=7,
 )
 
 
+def _fast(normal, shape, seed, step, stream, device, dtype, out):
+    """An ordinary call on the CPU, at a third of the general route's cost; None where anything is out of the ordinary."""
+    dtype = dtype or _DEFAULT
+    if (device is not None or type(seed) is not int or type(step) is not int or type(stream) is not int
+            or not (0 <= step < 2**32 and 0 <= stream < 2**32 and -(2**63) <= seed < 2**64)
+            or dtype not in DTYPE_CODE or not plain_eager()):  # fmt: skip
+        return None
+    if out is None:
+        try:
+            out = torch.empty(shape, dtype=dtype, device="cpu")
+        except (TypeError, RuntimeError):
+            return None  # the general route knows what to say
+    elif (type(out) is not torch.Tensor or not out.is_cpu or out.dtype is not dtype or out.requires_grad
+          or tuple(shape if type(shape) in (tuple, torch.Size) else (shape,)) != out.shape
+          or not out.is_contiguous() or out.is_neg()):  # fmt: skip
+        return None
+    else:
+        written(out)
+    _fill((out,), (None,), seed & (2**64 - 1), 1, out.numel(), step, stream, DTYPE_CODE[dtype],
+          _NORMAL if normal else _UNIFORM)
+    return out
+
+
+def _sizes(shape):
+    if isinstance(shape, (int, torch.SymInt)):
+        return (shape,)
+    if not isinstance(shape, Sequence) or not all(isinstance(s, (int, torch.SymInt)) for s in shape):
+        raise TypeError(f"shape must be an int or a sequence of ints, got {type(shape).__name__} {shape}")
+    if all(isinstance(s, int) for s in shape):  # not sizes that torch.compile keeps symbolic
+        if any(s < 0 for s in shape):
+            raise ValueError(f"shape must have no negative size, got {tuple(shape)}")
+        if math.prod(shape) >= 2**60:
+            raise ValueError(f"shape {tuple(shape)} has {math.prod(shape)} elements, more than any memory")
+    return tuple(shape)
+
+
 def _checked(normal, shape, seed, step, stream, device, dtype, out):
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    for size in shape:
-        if isinstance(size, int) and size < 0:
-            raise ValueError(f"shape must have no negative size, got {shape}")
+    if (fast := _fast(normal, shape, seed, step, stream, device, dtype, out)) is not None:
+        return fast
+    shape = _sizes(shape)
     if out is not None:
+        check_tensor("out", out)
         device = device or out.device
         dtype = dtype or out.dtype
     if isinstance(seed, torch.Tensor) and device is None:

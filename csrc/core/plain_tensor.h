@@ -1,0 +1,136 @@
+// Bindings only: what a torch.Tensor is, asked of torch itself in some 20 ns, where attributes cost 50 to 400 ns each.
+//
+// torch from 2.10 on carries DLPack's C exchange API (`torch.Tensor.__dlpack_c_exchange_api__`), a table of C functions
+// that is stable across versions: no torch header and no linking. Without it `plain()` is false for every tensor and the
+// caller takes its general route, which also has the error messages: a fast route answers or stands aside.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace gmk {
+
+// The parts of dlpack.h (version 1.3) that are used here, by its names.
+struct DLTensor {
+  void* data;
+  struct {
+    int32_t device_type, device_id;
+  } device;
+  int32_t ndim;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+struct DLPackExchangeAPI {
+  struct {
+    uint32_t major, minor;
+  } version;
+  void* prev_api;
+  void* managed_tensor_allocator;
+  void* managed_tensor_from_py_object_no_sync;
+  void* managed_tensor_to_py_object_no_sync;
+  int (*dltensor_from_py_object_no_sync)(void* object, DLTensor* out);
+  void* current_work_stream;
+};
+
+// What Python hands over once (gmkernels._call): borrowed for ever.
+struct TorchPieces {
+  PyTypeObject* tensor = nullptr;
+  PyTypeObject* parameter = nullptr;
+  PyObject* empty_like = nullptr;
+  PyObject* threads = nullptr;  // () -> int
+  int (*describe)(void*, DLTensor*) = nullptr;
+};
+inline TorchPieces& torch_pieces() {
+  static TorchPieces pieces;
+  return pieces;
+}
+
+struct PlainTensor {
+  char* data;
+  int64_t numel, bytes;
+  int ndim;
+  const int64_t* shape;  // torch's own, valid while the tensor lives
+  int dtype;             // DType, or -1 - DLPack's type code (int64: kInt64)
+  bool operator==(const PlainTensor& o) const {  // dtype and shape
+    if (dtype != o.dtype || ndim != o.ndim) return false;
+    for (int d = 0; d < ndim; ++d)
+      if (shape[d] != o.shape[d]) return false;
+    return true;
+  }
+  bool overlaps(const PlainTensor& o) const { return data < o.data + o.bytes && o.data < data + bytes; }
+};
+constexpr int kInt64 = -1;
+
+// Is `t` a torch.Tensor or Parameter itself, on the CPU, contiguous, with memory, without a lazy negation and (where
+// `grad` says that gradients are recorded) not part of a graph? Never raises.
+inline bool plain(PyObject* t, bool grad, PlainTensor* out) {
+  const TorchPieces& torch = torch_pieces();
+  if (!torch.describe || (Py_TYPE(t) != torch.tensor && Py_TYPE(t) != torch.parameter)) return false;
+  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  DLTensor d;
+  if (torch.describe(t, &d) != 0) {  // sparse, nested, meta and others have no such description
+    PyErr_Clear();
+    return false;
+  }
+  constexpr int kCpu = 1;
+  if (d.device.device_type != kCpu || d.dtype.lanes != 1) return false;
+  switch (d.dtype.code * 256 + d.dtype.bits) {  // kDLInt 0, kDLFloat 2, kDLBfloat 4
+    case 64: out->dtype = kInt64; break;
+    case 2 * 256 + 32: out->dtype = kFloat32; break;
+    case 2 * 256 + 64: out->dtype = kFloat64; break;
+    case 2 * 256 + 16: out->dtype = kFloat16; break;
+    case 4 * 256 + 16: out->dtype = kBFloat16; break;
+    default: return false;
+  }
+  int64_t numel = 1;
+  for (int i = d.ndim - 1; i >= 0; --i) {
+    if (d.strides && d.shape[i] != 1 && d.strides[i] != numel && numel != 0) return false;
+    numel *= d.shape[i];
+  }
+  if (numel > 0 && !d.data) return false;
+  const auto is = [](PyObject* value) {  // steals the reference; an error counts as yes
+    const bool yes = value != Py_False;
+    if (!value) PyErr_Clear();
+    Py_XDECREF(value);
+    return yes;
+  };
+  if (grad && is(PyObject_GetAttr(t, requires_grad))) return false;
+  if (is(PyObject_VectorcallMethod(is_neg, &t, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr))) return false;
+  out->data = static_cast<char*>(d.data) + d.byte_offset;
+  out->numel = numel;
+  out->bytes = numel * (d.dtype.bits / 8);
+  out->ndim = d.ndim;
+  out->shape = d.shape;
+  return true;
+}
+
+// _C.adopt_torch(torch.Tensor, torch.nn.Parameter, torch.empty_like, threads) -> are fast routes open?
+inline bool adopt_torch(pybind11::object tensor, pybind11::object parameter, pybind11::object empty_like,
+                        pybind11::object threads) {
+  namespace py = pybind11;
+  TorchPieces& torch = torch_pieces();
+  if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return false;
+  PyObject* const capsule = py::object(tensor.attr("__dlpack_c_exchange_api__")).release().ptr();
+  const auto* const api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  if (!api) {
+    PyErr_Clear();
+    return false;
+  }
+  if (api->version.major != 1 || !api->dltensor_from_py_object_no_sync) return false;
+  torch.tensor = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
+  torch.parameter = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
+  torch.empty_like = empty_like.release().ptr();
+  torch.threads = threads.release().ptr();
+  torch.describe = api->dltensor_from_py_object_no_sync;
+  return true;
+}
+
+}  // namespace gmk

@@ -1,0 +1,131 @@
+// The gradients for weight and bias: kTile weights x one panel of output channels stay in registers while the pixels of a
+// band go by. The sum over bands is cut into groups by the sizes alone; a group adds its bands in order and the groups are
+// added in order, so the bits do not depend on threads.
+#include <omp.h>
+
+#include "masked_conv/band.h"
+
+namespace gmk { namespace GMK_ISA_NS {
+namespace {
+
+template <class T>
+using V = typename simd<T>::v;
+
+// partial[row] += sum over the band's pixels of x[pixel][row] * g[pixel], row = a live tap and an input channel.
+template <class T, int vectors>
+__attribute__((noinline)) void band_products(const Bands& s, const Band& band, const T* scratch, const T* g, T* partial,
+                                             int64_t pitch) {
+  constexpr int n = simd<T>::n;
+  for (int r = 0; r < s.runs; ++r) {
+    const int64_t length = s.run[r].length;
+    for (int64_t k = 0; k < length; k += kTile, partial += kTile * pitch) {
+      V<T> acc[kTile][vectors];
+      for (int i = 0; i < kTile; ++i)
+        for (int j = 0; j < vectors; ++j) acc[i][j] = V<T>{};
+      const T* word = g;
+      for (int64_t y = 0; y < band.rows; ++y) {
+        const T* q = scratch + y * s.pitch * s.channels + s.run[r].offset + k;
+        for (int64_t x = 0; x < band.cols; ++x, q += s.channels, word += vectors * n) {
+          V<T> v[vectors];
+          for (int j = 0; j < vectors; ++j) v[j] = load(word + j * n);
+          for (int i = 0; i < kTile; ++i) {
+            const V<T> value = splat(q[i]);
+            for (int j = 0; j < vectors; ++j) acc[i][j] = madd(value, v[j], acc[i][j]);
+          }
+        }
+      }
+      const int live = int(least(kTile, length - k));
+      for (int i = 0; i < live; ++i)
+        for (int j = 0; j < vectors; ++j) {
+          T* const p = partial + i * pitch + j * n;
+          store(p, load(p) + acc[i][j]);
+        }
+      if (live < kTile) partial -= (kTile - live) * pitch;
+    }
+  }
+}
+
+// partial: [taps * c_in + 1][pitch] of one group, this panel's columns; the last row is the bias.
+template <class T>
+void one_group(const MaskedConvWeight& a, const Bands& s, int64_t first, int64_t last, int64_t channel, T* scratch,
+               T* panel, T* partial, int64_t pitch) {
+  constexpr int n = simd<T>::n;
+  const int64_t count = least(kWidth<T>, a.c_out - channel), rows = a.taps.count * a.c_in;
+  const int vectors = int(ceil_div(count, n));
+  const int64_t width = vectors * n;
+  for (int64_t row = 0; row <= rows; ++row) memset(partial + row * pitch, 0, size_t(width) * sizeof(T));
+  if (count < width) memset(panel, 0, size_t(s.pixels() * width) * sizeof(T));
+  for (int64_t job = first; job < last; ++job) {
+    const Band band = band_of(s, job);
+    pack_band(s, band, static_cast<const T*>(a.x), a.x_nhwc, scratch);
+    load_panel(s, band, static_cast<const T*>(a.grad), a.grad_nhwc, a.c_out, channel, count, panel, width);
+    switch (vectors) {
+      case 1: band_products<T, 1>(s, band, scratch, panel, partial, pitch); break;
+      case 2: band_products<T, 2>(s, band, scratch, panel, partial, pitch); break;
+      case 3: band_products<T, kThree>(s, band, scratch, panel, partial, pitch); break;
+      default: band_products<T, kVectors>(s, band, scratch, panel, partial, pitch);
+    }
+    for (int j = 0; j < vectors; ++j) {
+      V<T> sum{};
+      for (int64_t p = 0; p < band.pixels(); ++p) sum += load(panel + p * width + j * n);
+      T* const bias = partial + rows * pitch + j * n;
+      store(bias, load(bias) + sum);
+    }
+  }
+}
+
+template <class T>
+Status run(const MaskedConvWeight& a, int threads) {
+  T* const weight = static_cast<T*>(a.weight);
+  const int64_t kernel = int64_t(a.taps.kh) * a.taps.kw, rows = a.taps.count * a.c_in;
+  memset(weight, 0, size_t(a.c_out * a.c_in * kernel) * sizeof(T));  // dead taps stay so
+  if (a.bias) memset(a.bias, 0, size_t(a.c_out) * sizeof(T));
+  if (a.b <= 0 || a.h <= 0 || a.w <= 0) return kOk;
+  const int64_t all = a.b * a.h * a.w, pitch = ceil_div(a.c_out, kWidth<T>) * kWidth<T>, panels = pitch / kWidth<T>;
+  threads = team(all * (rows + 8) / 64 * pitch, threads);
+  Bands s;
+  cut(s, a.taps, a.h, a.w, a.c_in, 128, (512 << 10) / int64_t(sizeof(T)));
+  const int64_t jobs = a.b * s.per_image();
+  // Partial sums: at most 16, and together no larger than the tensors that are read.
+  const int64_t groups = most(1, least(least(jobs, 16), all * (a.c_in + a.c_out) / ((rows + 1) * pitch)));
+  const int64_t slots = (s.scratch() + 15) / 16 * 16, own = slots + s.pixels() * kWidth<T>;
+  const Scratch<T> partial(groups * (rows + 1) * pitch), scratch(threads * own);
+  if (!partial.ok() || !scratch.ok()) return kOutOfMemory;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    T* const mine = scratch.get() + omp_get_thread_num() * own;
+    memset(mine, 0, size_t(s.scratch()) * sizeof(T));
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < groups * panels; ++item) {
+      const int64_t group = item / panels, panel = item % panels;
+      one_group(a, s, jobs * group / groups, jobs * (group + 1) / groups, panel * kWidth<T>, mine, mine + slots,
+                partial.get() + group * (rows + 1) * pitch + panel * kWidth<T>, pitch);
+    }
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row <= rows; ++row) {
+      T* const sum = partial.get() + row * pitch;
+      for (int64_t group = 1; group < groups; ++group)
+        for (int64_t o = 0; o < a.c_out; ++o) sum[o] += sum[group * (rows + 1) * pitch + o];
+    }
+#pragma omp for schedule(static)
+    for (int64_t o = 0; o < a.c_out; ++o) {
+      T* const dst = weight + o * a.c_in * kernel;
+      for (int64_t c = 0; c < a.c_in; ++c)
+        for (int t = 0; t < a.taps.count; ++t)
+          dst[c * kernel + a.taps.index[t]] = partial.get()[(t * a.c_in + c) * pitch + o];
+      if (a.bias) static_cast<T*>(a.bias)[o] = partial.get()[rows * pitch + o];
+    }
+  }
+  return kOk;
+}
+
+Status backward_weight(const MaskedConvWeight& a, int threads) {
+  return a.dtype == kFloat32 ? run<float>(a, threads) : a.dtype == kFloat64 ? run<double>(a, threads) : "unknown dtype";
+}
+
+}  // namespace
+
+extern const MaskedConvWeightKernels masked_conv_weight_kernels;
+const MaskedConvWeightKernels masked_conv_weight_kernels = {backward_weight};
+
+}}  // namespace gmk::GMK_ISA_NS

@@ -1,0 +1,7 @@
+"""`python -m gmkernels`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

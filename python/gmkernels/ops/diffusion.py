@@ -1,0 +1,299 @@
+"""The one affine step behind every sampler of a diffusion or flow model."""
+
+import math
+
+import torch
+
+from .. import _C, _call, reference
+from .._call import DTYPE_CODE, Kernel, Op, allocate, check_int, check_same_dtype, check_tensor, split_seed, written
+from ..reference.diffusion import real_dtype, rows, term
+from .random import STREAM_DIFFUSION_STEP, _op as _philox
+
+_kernel = Kernel("diffusion_step")
+_plain = _C.diffusion_step_plain
+_FLOATS = tuple(DTYPE_CODE)
+_NO_NOISE, _DRAWN_NOISE, _GIVEN_NOISE = 0, 1, 2
+COEFFICIENTS = ("A", "B", "c0", "c1", "c2", "c3", "c4", "s")
+
+
+# checks and allocation; they also run on fake tensors ---------------------------------------------------------------
+
+
+def _check(x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds):
+    if x.dtype not in DTYPE_CODE:
+        raise TypeError(f"x must be one of {', '.join(map(str, DTYPE_CODE))}, got {x.dtype}")
+    others = {"model_output": model_output, "uncond": uncond, "history[0]": h1, "history[1]": h2, "history[2]": h3,
+              "variance": variance, "noise": z}
+    check_same_dtype("x", x, **others)
+    for name, t in others.items():
+        if t is not None and t.shape != x.shape:
+            raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(t.shape)}")
+    c = coefficients
+    if c.dtype is not torch.float32 and not (c.dtype is torch.float64 and x.dtype is torch.float64):
+        allowed = "float32 or float64" if x.dtype is torch.float64 else "float32"
+        raise TypeError(f"coefficients must be {allowed} for x of {x.dtype}, got {c.dtype}")
+    samples = x.shape[0] if x.dim() else 0
+    if c.dim() not in (1, 2) or c.shape[-1] != len(COEFFICIENTS) or (c.dim() == 2 and c.shape[0] != samples):
+        per_sample = f" or [{samples}, 8]" if x.dim() else ""
+        raise ValueError(f"coefficients must be [8]{per_sample} ({', '.join(COEFFICIENTS)}), got {tuple(c.shape)}")
+
+
+def _check_overlap(outs, ins, coefficients, seeds):
+    """An output may be an input, element by element; anything else would be overwritten before it is read."""
+
+    def span(t):
+        begin = t.data_ptr()
+        return begin, begin + t.numel() * t.element_size()
+
+    def meet(a, b):
+        (begin, end), (low, high) = span(a), span(b)
+        return begin < high and low < end
+
+    out, x0 = outs
+    if x0 is not None and meet(out, x0):
+        raise ValueError("out and x0_out must not share memory")
+    for name, o in (("out", out), ("x0_out", x0)):
+        if o is None:
+            continue
+        for t in ins:
+            if t is not None and t.data_ptr() != o.data_ptr() and meet(o, t):
+                raise ValueError(f"{name} overlaps a part of an input; it may be an input itself, or memory of its own")
+        for other, t in (("coefficients", coefficients), ("seed", seeds)):
+            if t is not None and meet(o, t):
+                raise ValueError(f"{name} must not share memory with {other}")
+
+
+def _outputs_x0(x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds, guidance_scale, low, high,
+                noise, seed, step, out=None):
+    _check(x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds)
+    out, x0 = out or (None, None)
+    return _fitting("out", out, x), _fitting("x0_out", x0, x)
+
+
+def _outputs(*args, out=None):
+    _check(*args[:10])
+    return _fitting("out", out, args[0])
+
+
+def _fitting(name, out, x):
+    if out is not None and (out.shape != x.shape or out.dtype is not x.dtype):
+        raise ValueError(f"{name} must be {x.dtype} {tuple(x.shape)}, got {out.dtype} {tuple(out.shape)}")
+    return allocate(out, x, x.shape)
+
+
+# the kernel ----------------------------------------------------------------------------------------------------------
+
+
+def _launch_x0(outs, x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds, guidance_scale, low, high,
+               noise, seed, step):
+    # Bound to names: a temporary would die before the kernel runs.
+    ins = tuple(None if t is None else t.contiguous() for t in (x, model_output, uncond, h1, h2, h3, variance, z))
+    x, model_output, uncond, h1, h2, h3, variance, z = ins
+    coefficients = coefficients.contiguous()
+    seeds = None if seeds is None else seeds.contiguous()
+    _check_overlap(outs, ins, coefficients, seeds)
+    kind = _GIVEN_NOISE if z is not None else _DRAWN_NOISE if noise else _NO_NOISE
+    _kernel(
+        outs, (x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds),
+        x.numel(), coefficients.shape[0] if coefficients.dim() == 2 else 1,
+        seeds.shape[0] if seeds is not None and seeds.dim() else 1, seed & (2**64 - 1), step,
+        guidance_scale, low, high, kind, DTYPE_CODE[x.dtype], coefficients.dtype is torch.float64,
+    )
+
+
+def _launch(out, *args):
+    _launch_x0((out, None), *args)
+
+
+# gradients: plain torch, so they can be differentiated again. The noise is drawn anew, never stored. ----------------
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:10])
+    ctx.scalars = inputs[10:]
+
+
+def _backward_x0(ctx, grad, grad_x0):
+    x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds = ctx.saved_tensors
+    guidance_scale, low, high, noise, seed, step = ctx.scalars
+    need = ctx.needs_input_grad
+    real = real_dtype(x)
+    A, B, c0, c1, c2, c3, c4, s = rows(coefficients, x)
+    xr, m, g = x.to(real), model_output.to(real), grad.to(real)
+    if uncond is not None:
+        u = uncond.to(real)
+        m = u + guidance_scale * (m - u)
+    raw = term(A, xr) + term(B, m)
+    g_raw = c0 * g if grad_x0 is None else c0 * g + grad_x0.to(real)
+    g_raw = torch.where((raw >= low) & (raw <= high), g_raw, 0.0)  # as torch.clamp
+    g_m = B * g_raw
+    grads = [None] * 16
+
+    def give(i, t, like):
+        if need[i]:
+            grads[i] = t.to(like.dtype)
+
+    give(0, A * g_raw + c1 * g, x)
+    give(1, g_m if uncond is None else guidance_scale * g_m, model_output)
+    if uncond is not None:
+        give(3, (1.0 - guidance_scale) * g_m, uncond)
+    for i, c, h in ((4, c2, h1), (5, c3, h2), (6, c4, h3)):
+        if h is not None:
+            give(i, c * g, h)
+
+    std = None if variance is None else variance.to(real).sqrt()
+    zr = None
+    if z is not None:
+        zr = z.to(real)
+    elif noise and (need[2] or (variance is not None and need[7])):
+        if seeds is None:  # the dispatcher has no way to call an op without a tensor under transforms
+            seeds = x.new_full((), seed, dtype=torch.int64)
+        zr = _philox(seeds, tuple(x.shape), 0, step, STREAM_DIFFUSION_STEP, True, real, x.device)
+    if zr is not None:
+        if variance is not None and need[7]:
+            grads[7] = (term(s, g * zr) * 0.5 / std).to(variance.dtype)
+        if z is not None:
+            give(8, s * g if std is None else s * std * g, z)
+    if need[2]:
+        factors = [(g_raw, xr), (g_raw, m), (g, torch.clamp(raw, low, high)), (g, xr)]
+        factors += [(g, None if h is None else h.to(real)) for h in (h1, h2, h3)]
+        factors.append((g, zr if zr is None or std is None else std * zr))
+        axes = tuple(range(1 if coefficients.dim() == 2 else 0, x.dim()))
+        sums = [_total(c, a, t, axes) for c, (a, t) in zip((A, B, c0, c1, c2, c3, c4, s), factors, strict=True)]
+        grads[2] = torch.stack(sums, -1).to(coefficients.dtype)
+    return tuple(grads)
+
+
+def _total(c, a, t, axes):
+    """The sum of a * t, the derivative by coefficient c; in float64, for it has as many terms as the tensor."""
+    product = torch.zeros_like(a) if t is None else a * torch.where((c == 0) & ~torch.isfinite(t), 0.0, t)
+    return product.double().sum(axes) if axes else product.double()
+
+
+def _backward(ctx, grad):
+    return _backward_x0(ctx, grad, None)
+
+
+_ARGUMENTS = (
+    "(Tensor x, Tensor model_output, Tensor coefficients, Tensor? uncond, Tensor? h1, Tensor? h2, Tensor? h3,"
+    " Tensor? variance, Tensor? z, Tensor? seeds, float guidance_scale, float low, float high, bool noise, SymInt seed,"
+    " SymInt step) -> "
+)
+_op = Op("diffusion_step" + _ARGUMENTS + "Tensor", outputs=_outputs, launch=_launch,
+         reference=lambda *args: reference.diffusion.diffusion_step(*args)[0], kernel=_kernel, dtypes=_FLOATS,
+         setup=_setup, backward=_backward)
+_op_x0 = Op("diffusion_step_x0" + _ARGUMENTS + "(Tensor, Tensor)", outputs=_outputs_x0, launch=_launch_x0,
+            reference=reference.diffusion.diffusion_step, kernel=_kernel, dtypes=_FLOATS, setup=_setup,
+            backward=_backward_x0)
+
+
+# the public function -------------------------------------------------------------------------------------------------
+
+
+def diffusion_step(x, model_output, coefficients, *, uncond=None, guidance_scale=1.0, history=(), variance=None,
+                   clip=None, noise=False, seed=None, step=0, return_x0=False, out=None, x0_out=None):
+    r"""One step of any sampler that is affine in its inputs, in one pass over memory.
+
+    .. math::
+        m &= \text{uncond} + \text{guidance\_scale} (\text{model\_output} - \text{uncond}) \\
+        x_0 &= \mathrm{clip}(A x + B m) \\
+        \text{out} &= c_0 x_0 + c_1 x + c_2 h_1 + c_3 h_2 + c_4 h_3 + s \sqrt{\text{variance}}\, z
+
+    Without ``uncond``, ``m`` is ``model_output``; without ``variance`` its factor is 1. Half types are computed in
+    float32 and rounded once. A stream whose coefficient is exactly 0 adds exactly 0, whatever it holds: a history that
+    is not filled yet may be NaN, and ``s = 0`` draws nothing. NaN passes through the clip, infinity is clipped.
+
+    Args:
+        x: [b, ...] (or any shape, with coefficients [8]), float32, float64, bfloat16 or float16, any strides.
+        model_output: of x's shape and dtype, as are ``uncond``, ``history``, ``variance`` and a ``noise`` tensor.
+        coefficients: ``(A, B, c0, c1, c2, c3, c4, s)``, [8] or one row per sample [b, 8], float32; for float64 x also
+            float64. ``docs/diffusion.md`` lists those of the known samplers; :mod:`gmkernels.ops.diffusion` makes some.
+        uncond: the model's output without the condition (classifier-free guidance).
+        guidance_scale: a float.
+        history: up to three tensors ``(h1, h2, h3)``, as earlier x0 of a multistep solver; None for one that is absent.
+        variance: per element, not negative (learned variances).
+        clip: None, a positive float ``c`` for [-c, c], or a pair ``(low, high)``.
+        noise: True draws ``z = philox_normal(x.shape, seed, step, stream=2)``; a tensor is taken as z; False: no noise.
+        seed: as in :func:`philox_normal`: None draws one, an int counts over the whole tensor, an int64 tensor [b] seeds
+            each sample on its own. Only with ``noise=True``.
+        step: counter word 2, in ``[0, 2**32)``: another one for every step that shares a seed.
+        return_x0: return ``(out, x0)``.
+        out, x0_out: contiguous tensors to write into, without gradients. Each may be any of the inputs (in place), but
+            not a part of one, and not each other. ``x0_out`` is written also if x0 is not returned.
+
+    Gradients flow to every floating tensor, the coefficients included; the noise is drawn again for the backward pass,
+    never stored. Where the clip cuts, the gradient is 0, as that of :func:`torch.clamp`. Under autocast the op follows
+    its inputs.
+
+    Errors: ``TypeError`` for wrong types and dtypes, ``ValueError`` for wrong shapes, devices, ranges and overlaps.
+
+    Source: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Lu et al. 2022 (DPM-Solver++), Karras et al. 2022.
+
+    >>> x, eps = torch.ones(2, 3), torch.zeros(2, 3)
+    >>> diffusion_step(x, eps, torch.tensor([2., 0, 1, 0, 0, 0, 0, 0.5]), noise=True, seed=0, clip=1.0).shape
+    torch.Size([2, 3])
+    """
+    if _call.plain_eager():
+        if seed is None and noise is True:
+            seed = split_seed(None, None)[1]
+        result = _plain(x, model_output, coefficients, uncond, guidance_scale, history, variance, clip, noise, seed, step,
+                        return_x0, out, x0_out, torch.is_grad_enabled())
+        if result is not None:
+            if out is not None or x0_out is not None:
+                written(out, x0_out)
+            return result
+    return _general(x, model_output, coefficients, uncond, guidance_scale, history, variance, clip, noise, seed, step,
+                    return_x0, out, x0_out)
+
+
+def _general(x, model_output, coefficients, uncond, guidance_scale, history, variance, clip, noise, seed, step,
+             return_x0, out, x0_out):
+    tensors = {"x": x, "model_output": model_output, "coefficients": coefficients}
+    optional = {"uncond": uncond, "variance": variance, "out": out, "x0_out": x0_out}
+    for name, t in (*tensors.items(), *((n, t) for n, t in optional.items() if t is not None)):
+        check_tensor(name, t)
+    if isinstance(history, torch.Tensor) or not isinstance(history, (tuple, list)):
+        raise TypeError(f"history must be a tuple of tensors, got {type(history).__name__}")
+    if len(history) > 3:
+        raise ValueError(f"history must have at most 3 tensors, got {len(history)}")
+    for i, h in enumerate(history):
+        if h is not None:
+            check_tensor(f"history[{i}]", h)
+    h1, h2, h3 = (*history, None, None, None)[:3]
+    if not isinstance(guidance_scale, (int, float)):
+        raise TypeError(f"guidance_scale must be a float, got {type(guidance_scale).__name__}")
+    low, high = _clip_range(clip)
+    step = check_int("step", step, 0, 2**32)
+    z = seeds = None
+    if isinstance(noise, torch.Tensor):
+        z, noise = noise, False
+        if seed is not None:
+            raise ValueError("seed must be None where noise is a tensor")
+        seed = 0
+    elif not isinstance(noise, bool):
+        raise TypeError(f"noise must be a bool or a tensor, got {type(noise).__name__}")
+    elif noise:
+        seeds, seed = split_seed(seed, x.device, x.shape[0] if x.dim() else None)
+    else:
+        seed = 0
+    args = (x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds, float(guidance_scale), low, high,
+            noise, seed, step)
+    if not return_x0 and x0_out is None:
+        return _op(*args, out=out)
+    if out is None and x0_out is None:
+        return _op_x0(*args)
+    outs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) if o is None else o for o in (out, x0_out))
+    outs = _op_x0(*args, out=outs)
+    return outs if return_x0 else outs[0]
+
+
+def _clip_range(clip):
+    if clip is None:
+        return -math.inf, math.inf
+    pair = clip if isinstance(clip, (tuple, list)) else (None, clip)
+    if len(pair) != 2 or not all(v is None or isinstance(v, (int, float)) for v in pair):
+        raise TypeError(f"clip must be None, a positive float or a pair (low, high), got {clip!r}")
+    low, high = pair if pair[0] is not None else (-pair[1], pair[1])
+    if not low < high:
+        raise ValueError(f"clip must be a positive float or a pair (low, high) with low < high, got {clip!r}")
+    return float(low), float(high)

@@ -1,0 +1,51 @@
+"""One step of an affine sampler in plain torch."""
+
+import torch
+
+from .random import philox_fill
+
+STREAM = 2  # csrc/core/philox.h: kStreamDiffusionStep
+
+
+def term(c, t):
+    """c * t, and exactly 0 where c is 0, whatever t holds. The derivative by c stays t wherever t is finite."""
+    return c * torch.where((c == 0) & ~torch.isfinite(t), 0.0, t)
+
+
+def real_dtype(x):
+    """Arithmetic of a storage dtype: float32, and float64 for float64."""
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def rows(coefficients, x):
+    """The eight coefficients, each [] or, if given per sample, [b, 1, ..., 1]."""
+    c = coefficients.to(real_dtype(x))
+    if c.dim() == 2:
+        c = c.reshape(c.shape[0], *(1,) * (x.dim() - 1), c.shape[1])
+    return c.unbind(-1)
+
+
+def draw(x, seeds, seed, step):
+    """The normal numbers of a step: those of ``philox_normal(x.shape, seed, step, stream=2)``."""
+    size = x.numel() if seeds is None or seeds.dim() == 0 else x[:1].numel()
+    return philox_fill(seeds, seed, size, step, STREAM, True, torch.float32, x.device).reshape(x.shape)
+
+
+def diffusion_step(x, model_output, coefficients, uncond=None, h1=None, h2=None, h3=None, variance=None, z=None,
+                   seeds=None, guidance_scale=1.0, low=-torch.inf, high=torch.inf, noise=False, seed=0, step=0):
+    """(out, x0) of :func:`gmkernels.ops.diffusion_step`; no clip is (-inf, inf), the noise is z or drawn."""
+    real = real_dtype(x)
+    A, B, c0, c1, c2, c3, c4, s = rows(coefficients, x)
+    m = model_output.to(real)
+    if uncond is not None:
+        u = uncond.to(real)
+        m = u + guidance_scale * (m - u)
+    x0 = torch.clamp(term(A, x.to(real)) + term(B, m), low, high)
+    out = term(c0, x0) + term(c1, x.to(real))
+    for c, h in ((c2, h1), (c3, h2), (c4, h3)):
+        if h is not None:
+            out = out + term(c, h.to(real))
+    if noise or z is not None:
+        z = (draw(x, seeds, seed, step) if z is None else z).to(real)
+        out = out + term(s, z if variance is None else variance.to(real).sqrt() * z)
+    return out.to(x.dtype), x0.to(x.dtype)
