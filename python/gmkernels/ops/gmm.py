@@ -47,7 +47,17 @@ def _batch(x, log_weights, means, precisions_cholesky, covariance_type):
 def _outputs(x, log_weights, means, precisions_cholesky, covariance_type, out=None):
     batch = _batch(x, log_weights, means, precisions_cholesky, covariance_type)
     check_same_dtype("x", x, log_weights=log_weights, means=means, precisions_cholesky=precisions_cholesky)
+    if out is not None:
+        for name, t in zip(("x", "log_weights", "means", "precisions_cholesky"),
+                           (x, log_weights, means, precisions_cholesky), strict=True):
+            if out.numel() and t.numel() and out.data_ptr() < _end(t) and t.data_ptr() < _end(out):
+                raise ValueError(f"out must not share memory with {name}")
     return allocate(out, x, (*batch, x.shape[-2]))
+
+
+def _end(t):
+    """The address past the last element."""
+    return t.data_ptr() + (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size()
 
 
 def _flat(t, batch, trailing):
