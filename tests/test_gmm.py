@@ -5,13 +5,13 @@ import re
 import subprocess
 import sys
 
-import cases
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
+import cases
 from gmkernels import ops, reference
 
 F32, F64, INF, NAN = torch.float32, torch.float64, math.inf, math.nan
@@ -52,7 +52,8 @@ def oracle(args, covariance_type, grad):
 def check(args, covariance_type, grad=None, rtol=None):
     """Values and gradients against float64, relative to the largest of each."""
     if grad is None:
-        lead = torch.broadcast_shapes(*(t.shape[: t.dim() - m] for t, m in zip(args, trailing(covariance_type), strict=True)))
+        leads = (t.shape[: t.dim() - m] for t, m in zip(args, trailing(covariance_type), strict=True))
+        lead = torch.broadcast_shapes(*leads)
         grad = cases.data(*lead, args[0].shape[-2], seed=9).to(args[0])
     lp, grads = run(args, covariance_type, grad)
     want, wanted = oracle(args, covariance_type, grad)
@@ -102,12 +103,14 @@ def test_many_rows_and_components(covariance_type):
 
 
 def test_by_hand():
-    x = torch.tensor([[0.0], [2.0]], dtype=F64)
-    lp = ops.gmm_log_prob(x, torch.zeros(1, dtype=F64), torch.zeros(1, 1, dtype=F64), torch.tensor([2.0], dtype=F64), "spherical")
+    def tensor(*values):
+        return torch.tensor(values, dtype=F64)
+
+    lp = ops.gmm_log_prob(tensor([0.0], [2.0]), tensor(0.0), tensor([0.0]), tensor(2.0), "spherical")
     normal = math.log(2) - 0.5 * math.log(2 * math.pi)
     cases.close(lp, torch.tensor([normal, normal - 8.0], dtype=F64))
-    p = torch.tensor([[[1.0, 2.0], [99.0, 0.5]]], dtype=F64)  # 99 is below the diagonal
-    lp = ops.gmm_log_prob(torch.tensor([[1.0, 3.0]], dtype=F64), torch.tensor([0.5], dtype=F64), torch.zeros(1, 2, dtype=F64), p)
+    p = tensor([[1.0, 2.0], [99.0, 0.5]])  # 99 is below the diagonal
+    lp = ops.gmm_log_prob(tensor([1.0, 3.0]), tensor(0.5), tensor([0.0, 0.0]), p)
     cases.close(lp, torch.tensor([0.5 + math.log(0.5) - math.log(2 * math.pi) - 0.5 * (1 + 3.5**2)], dtype=F64))
 
 
@@ -160,7 +163,8 @@ def test_leading_dimensions_broadcast(device, covariance_type):
         lp, _ = check(list(args), covariance_type)
         assert lp.shape == (2, 3, 5)
         for i, j in ((0, 2), (1, 1)):
-            alone = [t.expand(2, 3, *t.shape[t.dim() - n :])[i, j] for t, n in zip(args, trailing(covariance_type), strict=True)]
+            pairs = zip(args, trailing(covariance_type), strict=True)
+            alone = [t.expand(2, 3, *t.shape[t.dim() - n :])[i, j] for t, n in pairs]
             assert torch.equal(ops.gmm_log_prob(*alone, covariance_type), lp[i, j])
 
 
@@ -213,7 +217,8 @@ def test_opcheck(covariance_type):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic):
     torch._dynamo.reset()
-    f = torch.compile(lambda *a: ops.gmm_log_prob(*a, "diag").exp().sum(), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    f = torch.compile(lambda *a: ops.gmm_log_prob(*a, "diag").exp().sum(), fullgraph=True, dynamic=dynamic,
+                      backend="aot_eager")
     for n in (9, 12):
         args = mixture(n, 3, 2, "diag", F32, batch=(2,), grad=True)
         got = torch.autograd.grad(f(*args), args)
@@ -355,7 +360,8 @@ def test_strided_expanded_and_offset_inputs(device):
         lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape),
         lambda t: t[None, None].expand(1, 1, *t.shape),
     ):
-        got = run([view(t) for t in made], "full", torch.ones(*view(made[1]).shape[:-1], 6, dtype=F64, device=device.torch))
+        ones = torch.ones(*view(made[1]).shape[:-1], 6, dtype=F64, device=device.torch)
+        got = run([view(t) for t in made], "full", ones)
         for g, w in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
             assert torch.equal(g.reshape(w.shape), w)
     lp = ops.gmm_log_prob(*(t.requires_grad_() for t in made))
@@ -410,7 +416,8 @@ g = torch.Generator().manual_seed(0)
 make = lambda *shape: torch.randn(shape, generator=g)
 def mixture(n):
     p = torch.rand(k, d, generator=g) + 0.5
-    return [t.requires_grad_() for t in (make(n, d), make(k), make(k, d), p.diag_embed() if covariance_type == "full" else p)]
+    p = p.diag_embed() if covariance_type == "full" else p
+    return [t.requires_grad_() for t in (make(n, d), make(k), make(k, d), p)]
 def run(args):
     lp = ops.gmm_log_prob(*args, covariance_type)
     return lp, torch.autograd.grad(lp, args, torch.ones_like(lp))
@@ -426,7 +433,7 @@ print((after - before) * 1024 - outputs)
 
 @pytest.mark.parametrize("covariance_type", ["full", "diag"])
 def test_nothing_of_size_n_times_k(covariance_type):
-    """Peak memory beyond log_prob, its gradient and the gradients, at 100k x 16, k=32 (full) and 1M x 16, k=64 (diag)."""
+    """Peak memory beyond results and gradients, at 100k x 16, k=32 (full) and 1M x 16, k=64 (diag)."""
     done = subprocess.run([sys.executable, "-c", _PEAK, covariance_type], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 32 << 20
 
@@ -441,11 +448,11 @@ def test_bad_arguments():
         ((x[0], w, m, p), {}, ValueError, "x must be [..., n, d], got (3,)"),
         ((x, w, m[:, :2], p), {}, ValueError, "means must be [..., k, d] with d=3 as in x, got (2, 2)"),
         ((x, w[:1], m, p), {}, ValueError, "log_weights must be [..., k] with k=2 as in means, got (1,)"),
-        ((x, w, m, p[:, :2]), {}, ValueError, "precisions_cholesky must be [..., k, d, d] for covariance_type='full' with "
-                                              "k=2, d=3 as in means, got (2, 2, 3)"),
+        ((x, w, m, p[:, :2]), {}, ValueError, "precisions_cholesky must be [..., k, d, d] for "
+         "covariance_type='full' with k=2, d=3 as in means, got (2, 2, 3)"),
         ((x, w, m, p), {"covariance_type": "diag"}, ValueError, "must be [..., k, d] for covariance_type='diag'"),
-        ((x, w, m, p), {"covariance_type": "round"}, ValueError, "covariance_type must be one of 'full', 'tied', 'diag', "
-                                                                 "'spherical', got 'round'"),
+        ((x, w, m, p), {"covariance_type": "round"}, ValueError,
+         "covariance_type must be one of 'full', 'tied', 'diag', 'spherical', got 'round'"),
         ((x.expand(2, 5, 3), w.expand(3, 2), m, p), {}, ValueError, "must broadcast, got (2,), (3,), (), ()"),
         ((x, w, m.to("meta"), p), {}, (ValueError, RuntimeError), "device"),
     ]

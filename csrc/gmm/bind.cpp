@@ -51,7 +51,8 @@ static GmmLogProbBackward gmm_log_prob_backward(Address grad_x, Address grad_log
   a.grad_x = pointer(grad_x, need_x ? b * n * d : 0, "grad_x");
   a.grad_log_weights = pointer(grad_log_weights, need_parameters ? b * k : 0, "grad_log_weights");
   a.grad_means = pointer(grad_means, need_parameters ? b * k * d : 0, "grad_means");
-  a.grad_precisions = pointer(grad_precisions, need_parameters ? b * matrix_numbers(k, d, covariance) : 0, "grad_precisions");
+  const int64_t matrices = need_parameters ? b * matrix_numbers(k, d, covariance) : 0;
+  a.grad_precisions = pointer(grad_precisions, matrices, "grad_precisions");
   a.scratch = pointer(scratch, scratch_bytes, "scratch");
   a.scratch_bytes = scratch_bytes;
   a.grad = pointer(grad, b * n, "grad");

@@ -305,7 +305,10 @@ template <class T>
 __global__ void __launch_bounds__(kRows) gmm_grad_parameters_kernel(GmmLogProbBackward a) {
   const GmmInputs& in = a.in;
   const int64_t count = statistics(in), k = in.k, d = in.d;
-  const int64_t matrix = in.covariance == kFull ? k * d * d : in.covariance == kTied ? d * d : in.covariance == kDiag ? k * d : k;
+  const int64_t matrix = in.covariance == kFull   ? k * d * d
+                         : in.covariance == kTied ? d * d
+                         : in.covariance == kDiag ? k * d
+                                                  : k;
   const int64_t per = k + k * d + matrix;
   for (int64_t job = int64_t(blockIdx.x) * kRows + threadIdx.x; job < in.b * per; job += int64_t(gridDim.x) * kRows) {
     const int64_t b = job / per;
@@ -384,7 +387,8 @@ Status launch_backward(const GmmLogProbBackward& a, void* stream) {
     status = GMK_LAUNCH((gmm_sum_slabs_kernel), grid_for(count, kRows), kRows, 0, stream, sums, count, slabs);
     if (status) return status;
   }
-  return GMK_LAUNCH((gmm_grad_parameters_kernel<T>), grid_for(in.b * in.k * (1 + 2 * in.d), kRows), kRows, 0, stream, a);
+  const unsigned grid = grid_for(in.b * in.k * (1 + 2 * in.d), kRows);
+  return GMK_LAUNCH((gmm_grad_parameters_kernel<T>), grid, kRows, 0, stream, a);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Log-density of Gaussian mixtures (docs/gmm.md), for b mixtures at once:
 //   out[i] = log sum_k exp(log_weights[k] + log|det P_k| - d/2 log 2 pi - 1/2 |(x_i - mu_k) P_k|^2)
-// P_k = precisions_cholesky as scikit-learn has it: Sigma_k^-1 = P_k P_k^T. With r_ik the responsibilities, w = grad_i r_ik,
-// t = x_i - mu_k, y = t P_k:
+// P_k = precisions_cholesky as scikit-learn has it: Sigma_k^-1 = P_k P_k^T. With r_ik the responsibilities,
+// w = grad_i r_ik, t = x_i - mu_k, y = t P_k:
 //   grad_log_weights[k] = sum_i w            grad_x[i] = -sum_k w P_k y
 //   grad_means[k] = P_k P_k^T sum_i w t      grad_P[k] = upper(-(sum_i w t^T t) P_k) + diag(sum_i w / P_k)
 #pragma once

@@ -1,5 +1,6 @@
-// Forward. A tile of rows meets the components kChunk at a time: their log-densities stay in L1, and the running maximum
-// and sum of each row absorb them. Bound: k (d^2/2 + 3d/2) multiply-adds per row (full), 2 k d (diag), and k exponentials.
+// Forward. A tile of rows meets the components kChunk at a time: their log-densities stay in L1, and the running
+// maximum and sum of each row absorb them. Bound: k (d^2/2 + 3d/2) multiply-adds per row (full), 2 k d (diag), and k
+// exponentials.
 #include <omp.h>
 
 #include "core/scratch.h"
@@ -11,8 +12,8 @@ extern Status gmm_log_prob_backward(const GmmLogProbBackward& a, int threads);  
 
 namespace {
 
-constexpr int kChunk = 32;      // components
-constexpr int64_t kRows = 1024; // rows of one job
+constexpr int kChunk = 32;         // components
+constexpr int64_t kRows = 1024;  // rows of one job
 
 template <class T, int V>
 GMK_INLINE void full_words(T* lp, const T* x, int64_t stride, const Mixture<T>& m, int64_t c) {
@@ -48,7 +49,7 @@ GMK_INLINE void diag_words(T* lp, const T* x, int64_t stride, const Mixture<T>& 
 
 template <class T, bool matrix, bool centred>
 GMK_INLINE void component(T* lp, const T* x, int64_t stride, int words, const Mixture<T>& m, int64_t c) {
-  constexpr int n = simd<T>::n, V = matrix ? kWords : 4;
+  constexpr int n = simd<T>::n, V = matrix ? kWords : 8;
   int u = 0;
   for (; u + V <= words; u += V) {
     if (matrix) full_words<T, V>(lp + u * n, x + u * n, stride, m, c);

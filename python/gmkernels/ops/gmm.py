@@ -9,7 +9,7 @@ _TYPES = reference.gmm.COVARIANCE_TYPES
 _TRAILING = {"full": 3, "tied": 2, "diag": 2, "spherical": 1}  # dimensions of precisions_cholesky after the batch
 _SHAPES = {"full": "[..., k, d, d]", "tied": "[..., d, d]", "diag": "[..., k, d]", "spherical": "[..., k]"}
 
-# CUDA: row slabs whose sums are added in order. Their number depends on sizes only, so results do not depend on the GPU.
+# CUDA: row slabs whose sums are added in order. Their number depends on sizes only, not on the GPU: so does the result.
 _SLAB_ROWS, _MOST_SLABS, _SLAB_BYTES = 2048, 64, 24 << 20
 
 
@@ -29,8 +29,8 @@ def _batch(x, log_weights, means, precisions_cholesky, covariance_type):
     want = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[covariance_type]
     if p.dim() < m or tuple(p.shape[p.dim() - m :]) != want:
         raise ValueError(
-            f"precisions_cholesky must be {_SHAPES[covariance_type]} for covariance_type={covariance_type!r} with k={k},"
-            f" d={d} as in means, got {tuple(p.shape)}"
+            f"precisions_cholesky must be {_SHAPES[covariance_type]} for covariance_type={covariance_type!r} with"
+            f" k={k}, d={d} as in means, got {tuple(p.shape)}"
         )
     if x.dim() == means.dim() == 2 and log_weights.dim() == 1 and p.dim() == m:
         return ()
@@ -172,7 +172,8 @@ def _differentiate(ctx, grad):
 
 
 _op = Op(
-    "gmm_log_prob(Tensor x, Tensor log_weights, Tensor means, Tensor precisions_cholesky, str covariance_type) -> Tensor",
+    "gmm_log_prob(Tensor x, Tensor log_weights, Tensor means, Tensor precisions_cholesky, str covariance_type)"
+    " -> Tensor",
     outputs=_outputs,
     launch=_launch,
     reference=reference.gmm.gmm_log_prob,
@@ -186,15 +187,15 @@ _op = Op(
 def gmm_log_prob(x, log_weights, means, precisions_cholesky, covariance_type="full", *, out=None):
     r"""Log-density of every row of ``x`` under a Gaussian mixture: differentiable, nothing of size ``n x k`` in memory.
 
-    ``lp[i] = logsumexp_k(log_weights[k] + log|det P_k| - d/2 log(2 pi) - 1/2 |(x_i - means[k]) P_k|^2)``, the covariance
-    of component k being ``(P_k P_k^T)^-1``: scikit-learn's ``precisions_cholesky_``.
+    ``lp[i] = logsumexp_k(log_weights[k] + log|det P_k| - d/2 log(2 pi) - 1/2 |(x_i - means[k]) P_k|^2)``, the
+    covariance of component k being ``(P_k P_k^T)^-1``: scikit-learn's ``precisions_cholesky_``.
 
     Args:
         x: rows ``[..., n, d]``.
         log_weights: ``[..., k]``, used as given: normalise them for a density. ``-inf`` leaves a component out.
         means: ``[..., k, d]``.
-        precisions_cholesky: ``"full"`` ``[..., k, d, d]``, upper triangular (what lies below the diagonal is ignored and
-            has gradient 0); ``"tied"`` ``[..., d, d]``, one for all components; ``"diag"`` ``[..., k, d]`` and
+        precisions_cholesky: ``"full"`` ``[..., k, d, d]``, upper triangular (what lies below the diagonal is ignored
+            and has gradient 0); ``"tied"`` ``[..., d, d]``, one for all components; ``"diag"`` ``[..., k, d]`` and
             ``"spherical"`` ``[..., k]``, reciprocals of standard deviations.
         covariance_type: which of these.
         out: a contiguous tensor ``[..., n]`` to write into (no gradients then).
@@ -202,9 +203,10 @@ def gmm_log_prob(x, log_weights, means, precisions_cholesky, covariance_type="fu
     Leading dimensions are batches of mixtures and broadcast. All tensors have one dtype: float32 or float64 (bfloat16
     and float16 run the reference; under autocast the op computes in float32).
 
-    Returns: ``[..., n]``, with gradients of any order for all four tensors. A row with a NaN gives NaN, to itself and to
-    the gradients of the parameters only. A row with an infinity gives ``-inf``, and so does every row when no component
-    is left (``k=0``); rows of ``-inf`` have gradient 0. With ``d=0`` the result is ``logsumexp(log_weights)``.
+    Returns: ``[..., n]``, with gradients of any order for all four tensors. A row with a NaN gives NaN, to itself and
+    to the gradients of the parameters only. A row with an infinity gives ``-inf``, and so does every row when no
+    component is left (``k=0``); rows of ``-inf`` have gradient 0. With ``d=0`` the result is
+    ``logsumexp(log_weights)``.
 
     Errors: ``ValueError`` for shapes and unknown covariance types, ``TypeError`` for dtypes.
 

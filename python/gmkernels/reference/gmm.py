@@ -20,12 +20,13 @@ def _scaled_residuals(x, means, precisions_cholesky, covariance_type):
 
 
 def gmm_component_log_prob(x, log_weights, means, precisions_cholesky, covariance_type="full"):
-    """log w_k + log N(x_i; mu_k, Sigma_k): [..., n, k]. A component of zero weight or density is -inf, gradients zero."""
+    """log w_k + log N(x_i; mu_k, Sigma_k): [..., n, k]; -inf, without gradients, where a component has no weight."""
     y, diagonals = _scaled_residuals(x, means, precisions_cholesky, covariance_type)
     dead = ((log_weights == -math.inf) | (diagonals == 0).any(-1))[..., None, :]
     log_det = torch.where(diagonals == 0, 1.0, diagonals).abs().log().sum(-1)
     normal = log_weights + log_det - 0.5 * x.shape[-1] * math.log(2 * math.pi)
-    return torch.where(dead, -math.inf, normal[..., None, :] - 0.5 * torch.where(dead[..., None], 0.0, y).square().sum(-1))
+    square = torch.where(dead[..., None], 0.0, y).square().sum(-1)
+    return torch.where(dead, -math.inf, normal[..., None, :] - 0.5 * square)
 
 
 def _without_infinities(x):
