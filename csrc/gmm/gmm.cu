@@ -10,9 +10,9 @@
 namespace gmk {
 namespace {
 
-constexpr int kRows = 64;                  // rows (and threads) of a block
-constexpr int kColumns = 8;                // columns of P at a time
-constexpr int64_t kTileBytes = 24 << 10;   // shared memory for x; the same again for grad_x
+constexpr int kRows = 64;                 // rows (and threads) of a block
+constexpr int kColumns = 8;               // columns of P at a time
+constexpr int64_t kTileBytes = 24 << 10;  // shared memory for x; the same again for grad_x
 
 GMK_DEV float gmm_exp(float x) { return expf(x); }
 GMK_DEV double gmm_exp(double x) { return exp(x); }
