@@ -49,20 +49,18 @@ GMK_HD float rn_sqrt(float a) { return __builtin_sqrtf(a); }
 
 // -2 ln((r + 0.5) / 2^32) with a small relative error everywhere: near 1 it is the logarithm of 1 + (u - 1).
 GMK_HD float minus_2_log(uint32_t r) {
-  const bool near_one = r >= 0xB504F334u;  // u > sqrt(1/2): as a signed number r is (u - 1) 2^32, with all its bits
+  const bool near_one = r >= 0xC0000000u;  // u > 3/4: as a signed number r is (u - 1) 2^32, with all its bits
   const float u = rn_fma(near_one ? float(int32_t(r)) : float(r), 2.3283064365386963e-10f, 1.1641532182693481e-10f);
-  const uint32_t t = float_bits(u) - 0x3F3504F3u;  // bits of sqrt(1/2)
+  const uint32_t t = float_bits(u) - 0x3F400000u;  // bits of 3/4: the mantissa is in [3/4, 3/2)
   const float e = near_one ? 0.0f : float(int32_t(t) >> 23);
-  const float f = near_one ? u : rn_add(bits_float((t & 0x007FFFFFu) + 0x3F3504F3u), -1.0f);
-  float p = -1.40753672584e-1f;  // -2 ln(1 + f) / f, Cephes' coefficients
-  p = rn_fma(p, f, 2.3029220620e-1f);
-  p = rn_fma(p, f, -2.3353997480e-1f);
-  p = rn_fma(p, f, 2.4840281692e-1f);
-  p = rn_fma(p, f, -2.8498644574e-1f);
-  p = rn_fma(p, f, 3.3336115330e-1f);
-  p = rn_fma(p, f, -4.0001429530e-1f);
-  p = rn_fma(p, f, 4.9999987986e-1f);
-  p = rn_fma(p, f, -6.6666662348e-1f);
+  const float f = near_one ? u : rn_add(bits_float((t & 0x007FFFFFu) + 0x3F400000u), -1.0f);
+  float p = -1.1119284481e-1f;  // -2 ln(1 + f) / f on [-1/4, 1/2], relative error 4e-8
+  p = rn_fma(p, f, 2.4228139222e-1f);
+  p = rn_fma(p, f, -2.9808878899e-1f);
+  p = rn_fma(p, f, 3.3577650785e-1f);
+  p = rn_fma(p, f, -3.9964640141e-1f);
+  p = rn_fma(p, f, 4.9992722273e-1f);
+  p = rn_fma(p, f, -6.6666942835e-1f);
   p = rn_fma(p, f, 1.0f);
   p = rn_fma(p, f, -2.0f);
   return rn_fma(e, -1.38629436112f, rn_mul(p, f));
@@ -78,7 +76,8 @@ GMK_HD void sincos_2pi(uint32_t r, float* sine, float* cosine) {
   s = rn_fma(rn_mul(s, z), x, x);
   float c = rn_fma(2.443315711809948e-5f, z, -1.388731625493765e-3f);
   c = rn_fma(c, z, 4.166664568298827e-2f);
-  c = rn_fma(c, rn_mul(z, z), rn_fma(-0.5f, z, 1.0f));
+  c = rn_fma(c, z, -0.5f);
+  c = rn_fma(c, z, 1.0f);
   const bool swap = turned & 0x40000000u;
   *sine = bits_float(float_bits(swap ? c : s) ^ (turned & 0x80000000u));
   *cosine = bits_float(float_bits(swap ? s : c) ^ ((turned + 0x40000000u) & 0x80000000u));

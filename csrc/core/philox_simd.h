@@ -55,7 +55,7 @@ GMK_INLINE void unpack(const uint32_t* a, const uint32_t* b, uint32_t* out) {
 
 // Words 0|2 of every block into `even`, words 1|3 into `odd`. block % kChunkBlocks == 0, so its low word cannot wrap.
 // Three of the four counter words are the same in all lanes: half of rounds 1 and 2 is done once, outside the lanes.
-GMK_INLINE void chunk_words(uint32_t* even, uint32_t* odd, uint64_t block, PhiloxAt at) {
+static __attribute__((noinline)) void chunk_words(uint32_t* even, uint32_t* odd, uint64_t block, PhiloxAt at) {
   const uint64_t q1 = uint64_t(at.step) * 0xCD9E8D57u;
   const uint64_t q0 = uint64_t(uint32_t(q1 >> 32) ^ uint32_t(block >> 32) ^ at.key.lo) * 0xD2511F53u;
   const uint32_t k0 = at.key.lo + 0x9E3779B9u, k1 = at.key.hi + 0xBB67AE85u;  // keys of round 2
@@ -103,58 +103,58 @@ GMK_INLINE void chunk_words(uint32_t* even, uint32_t* odd, uint64_t block, Philo
 GMK_INLINE void box_muller(__m512i radius_word, __m512i angle_word, __m512* cosine, __m512* sine) {
   const auto f1 = [](float x) { return _mm512_set1_ps(x); };
   const auto i1 = [](uint32_t x) { return _mm512_set1_epi32(int(x)); };
-  const __mmask16 far = _mm512_cmplt_epu32_mask(radius_word, i1(0xB504F334u));
+  const __mmask16 far = _mm512_cmplt_epu32_mask(radius_word, i1(0xC0000000u));
   const __m512 w = _mm512_mask_cvtepu32_ps(_mm512_cvtepi32_ps(radius_word), far, radius_word);
-  __m512 f = _mm512_fmadd_ps(w, f1(2.3283064365386963e-10f), f1(1.1641532182693481e-10f));
-  const __m512i t = _mm512_sub_epi32(_mm512_castps_si512(f), i1(0x3F3504F3u));
-  const __m512i mantissa = _mm512_add_epi32(_mm512_and_si512(t, i1(0x007FFFFFu)), i1(0x3F3504F3u));
-  f = _mm512_mask_add_ps(f, far, _mm512_castsi512_ps(mantissa), f1(-1.0f));
-  const __m512 e = _mm512_cvtepi32_ps(_mm512_maskz_srai_epi32(far, t, 23));
-  constexpr float poly[10] = {2.3029220620e-1f,
-                              -2.3353997480e-1f,
-                              2.4840281692e-1f,
-                              -2.8498644574e-1f,
-                              3.3336115330e-1f,
-                              -4.0001429530e-1f,
-                              4.9999987986e-1f,
-                              -6.6666662348e-1f,
-                              1.0f,
-                              -2.0f};
-  __m512 p = f1(-1.40753672584e-1f);
-#pragma GCC unroll 10
-  for (int i = 0; i < 10; ++i) p = _mm512_fmadd_ps(p, f, f1(poly[i]));
+  const __m512 u = _mm512_fmadd_ps(w, f1(2.3283064365386963e-10f), f1(1.1641532182693481e-10f));
+  // The exponent that goes with a mantissa in [3/4, 3/2) is that of 4/3 u; the rounding of the product never crosses.
+  const __m512 e = _mm512_maskz_getexp_ps(far, _mm512_mul_ps(u, f1(1.3333333731f)));
+  const __m512 mantissa = _mm512_getmant_ps(u, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+  const __m512 f = _mm512_mask_add_ps(u, far, mantissa, f1(-1.0f));
+  constexpr float poly[8] = {2.4228139222e-1f,
+                             -2.9808878899e-1f,
+                             3.3577650785e-1f,
+                             -3.9964640141e-1f,
+                             4.9992722273e-1f,
+                             -6.6666942835e-1f,
+                             1.0f,
+                             -2.0f};
+  __m512 p = f1(-1.1119284481e-1f);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) p = _mm512_fmadd_ps(p, f, f1(poly[i]));
   const __m512 radius = _mm512_sqrt_ps(_mm512_fmadd_ps(e, f1(-1.38629436112f), _mm512_mul_ps(p, f)));
 
   const __m512i turned = _mm512_add_epi32(angle_word, i1(0x20000000u));
-  const __m512i rest = _mm512_sub_epi32(angle_word, _mm512_and_si512(turned, i1(0xC0000000u)));
-  const __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(rest), f1(1.4629180792671596e-9f)), z = _mm512_mul_ps(x, x);
+  // The angle less its quadrant, times 4: what the shift leaves, as a signed number.
+  const __m512 x = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_slli_epi32(angle_word, 2)), f1(3.6572951981678989e-10f));
+  const __m512 z = _mm512_mul_ps(x, x);
   __m512 s = _mm512_fmadd_ps(f1(-1.9515295891e-4f), z, f1(8.3321608736e-3f));
   s = _mm512_fmadd_ps(s, z, f1(-1.6666654611e-1f));
   s = _mm512_fmadd_ps(_mm512_mul_ps(s, z), x, x);
   __m512 c = _mm512_fmadd_ps(f1(2.443315711809948e-5f), z, f1(-1.388731625493765e-3f));
   c = _mm512_fmadd_ps(c, z, f1(4.166664568298827e-2f));
-  c = _mm512_fmadd_ps(c, _mm512_mul_ps(z, z), _mm512_fmadd_ps(f1(-0.5f), z, f1(1.0f)));
+  c = _mm512_fmadd_ps(_mm512_fmadd_ps(c, z, f1(-0.5f)), z, f1(1.0f));
   const __mmask16 swap = _mm512_test_epi32_mask(turned, i1(0x40000000u));
-  const auto flip = [&](__m512 a, __m512i sign) {  // a with its sign changed where the top bit of `sign` is set
-    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(a), sign, i1(0x80000000u), 0x78));
-  };
-  *sine = _mm512_mul_ps(radius, flip(_mm512_mask_blend_ps(swap, s, c), turned));
-  *cosine = _mm512_mul_ps(radius, flip(_mm512_mask_blend_ps(swap, c, s), _mm512_add_epi32(turned, i1(0x40000000u))));
+  // Bit 31 of `turned` changes both signs, so it changes that of the radius; in odd quadrants the cosine is -s.
+  const __m512i sign = i1(0x80000000u);
+  const __m512 r = _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(radius), turned, sign, 0x78));
+  const __m512i minus_s = _mm512_mask_xor_epi32(_mm512_castps_si512(c), swap, _mm512_castps_si512(s), sign);
+  *sine = _mm512_mul_ps(r, _mm512_mask_blend_ps(swap, s, c));
+  *cosine = _mm512_mul_ps(r, _mm512_castsi512_ps(minus_s));
 }
 #endif
 
-// The kChunk normals of blocks block .. block + kChunkBlocks - 1, row-major. Not inlined: inside an OpenMP region gcc 12
-// made it 1.6 times slower.
-static __attribute__((noinline, unused)) void chunk_normals(float* out, uint64_t block, PhiloxAt at) {
+// f(i, z) for i = 0, kLanes, 2 kLanes, ... kChunk - kLanes: z is a word of the kChunk normals of blocks block, block + 1,
+// ..., row-major.
+template <class F>
+GMK_INLINE void each_normals(uint64_t block, PhiloxAt at, const F& f) {
   alignas(64) uint32_t even[kChunk / 2], odd[kChunk / 2];
   chunk_words(even, odd, block, at);
 #if defined(__AVX512F__)
-#pragma GCC unroll 2
   for (int i = 0; i < kChunk / 2; i += 16) {
     __m512 c, s;
     box_muller(_mm512_load_si512(even + i), _mm512_load_si512(odd + i), &c, &s);
-    _mm512_storeu_ps(out + 2 * i, _mm512_unpacklo_ps(c, s));
-    _mm512_storeu_ps(out + 2 * i + 16, _mm512_unpackhi_ps(c, s));
+    f(2 * i, (vfloat)_mm512_unpacklo_ps(c, s));
+    f(2 * i + 16, (vfloat)_mm512_unpackhi_ps(c, s));
   }
 #else
   alignas(64) float c[kChunk / 2], s[kChunk / 2];
@@ -166,8 +166,11 @@ static __attribute__((noinline, unused)) void chunk_normals(float* out, uint64_t
     c[i] = rn_mul(radius, cosine);
     s[i] = rn_mul(radius, sine);
   }
-  for (int i = 0; i < kChunk / 2; i += 2 * kWide)
-    unpack((const uint32_t*)(c + i), (const uint32_t*)(s + i), (uint32_t*)(out + 2 * i));
+  for (int i = 0; i < kChunk / 2; i += 8) {
+    const __m256 a = _mm256_load_ps(c + i), b = _mm256_load_ps(s + i);
+    f(2 * i, (vfloat)_mm256_unpacklo_ps(a, b));
+    f(2 * i + 8, (vfloat)_mm256_unpackhi_ps(a, b));
+  }
 #endif
 }
 static __attribute__((noinline, unused)) void chunk_uniforms(float* out, uint64_t block, PhiloxAt at) {
@@ -178,9 +181,14 @@ static __attribute__((noinline, unused)) void chunk_uniforms(float* out, uint64_
   for (int i = 0; i < kChunk; ++i) out[i] = uniform_from(words[i]);
 }
 #else
-GMK_INLINE void chunk_normals(float* out, uint64_t block, PhiloxAt at) {
-  for (int b = 0; b < kChunkBlocks; ++b)
-    normals_from(philox(block + uint64_t(b), at.step, at.stream, at.key), out + 4 * b);
+template <class F>
+GMK_INLINE void each_normals(uint64_t block, PhiloxAt at, const F& f) {
+  static_assert(kLanes == 4, "one block is one word");
+  for (int b = 0; b < kChunkBlocks; ++b) {
+    float z[4];
+    normals_from(philox(block + uint64_t(b), at.step, at.stream, at.key), z);
+    f(4 * b, load(z));
+  }
 }
 GMK_INLINE void chunk_uniforms(float* out, uint64_t block, PhiloxAt at) {
   for (int b = 0; b < kChunkBlocks; ++b) {
@@ -189,6 +197,11 @@ GMK_INLINE void chunk_uniforms(float* out, uint64_t block, PhiloxAt at) {
   }
 }
 #endif
+
+// Not inlined: inside an OpenMP region gcc 12 made it 1.6 times slower.
+static __attribute__((noinline, unused)) void chunk_normals(float* out, uint64_t block, PhiloxAt at) {
+  each_normals(block, at, [&](int i, vfloat z) { store(out + i, z); });
+}
 
 }  // namespace
 }  // namespace GMK_ISA_NS

@@ -138,6 +138,32 @@ Runner<T> runner(bool masked, bool guided, bool history, bool noise, bool x0) {
   return all[masked * 16 + guided * 8 + history * 4 + noise * 2 + x0];
 }
 
+// Whole chunks of float arithmetic with drawn noise and no variance: each word of normals is used where it is made, so
+// that the loads hide behind the arithmetic of the normals. `block` is that of the first element.
+template <class T, bool kMasked, bool kGuided, bool kHistory, bool kX0>
+void run_drawn(const Segment<T>& g, int64_t n, uint64_t block, PhiloxAt at) {
+  using B = Body<T, kMasked, kGuided, kHistory, false, kX0>;
+  const B body(g);
+  for (int64_t e = 0; e < n; e += kChunk)
+    each_normals(block + uint64_t(e / 4), at, [&](int64_t i, vfloat z) __attribute__((always_inline)) {
+      typename B::Result r = body.compute(e + i);
+      r.out = madd(body.s, z, r.out);
+      body.write(r, e + i);
+    });
+}
+template <class T>
+using DrawnRunner = void (*)(const Segment<T>&, int64_t, uint64_t, PhiloxAt);
+template <class T>
+DrawnRunner<T> drawn_runner(bool masked, bool guided, bool history, bool x0) {
+#define GMK_RUN4(...)                                                              \
+  run_drawn<T, __VA_ARGS__, false, false>, run_drawn<T, __VA_ARGS__, false, true>, \
+      run_drawn<T, __VA_ARGS__, true, false>, run_drawn<T, __VA_ARGS__, true, true>
+  static const DrawnRunner<T> all[16] = {GMK_RUN4(false, false), GMK_RUN4(false, true), GMK_RUN4(true, false),
+                                         GMK_RUN4(true, true)};
+#undef GMK_RUN4
+  return all[masked * 8 + guided * 4 + history * 2 + x0];
+}
+
 // z[0, n): normals first .. first + n - 1 of a seed; first is a multiple of kChunk, z has room for whole chunks.
 GMK_INLINE void draw(float* z, int64_t first, int64_t n, PhiloxAt at) {
   int64_t e = 0;
@@ -183,12 +209,16 @@ class Step {
           g.ch[g.history++] = g.ch[h];
         }
       const bool noise = a_.noise_kind != kNoNoise && g.s != 0;
+      const bool masked = g.a == 0 || g.b == 0 || g.c0 == 0 || g.c1 == 0;
+      if constexpr (sizeof(real) == sizeof(float))
+        if (noise && a_.noise_kind == kDrawnNoise && !a_.variance && size == n && n % kChunk == 0)
+          return drawn_runner<T>(masked, a_.uncond != nullptr, g.history > 0, a_.x0 != nullptr)(
+              g, n, uint64_t(count / 4), noise_at(seed_row));
       if (noise && !have_noise) {
         have_noise = true;
         make_noise(scaled, drawn, first, n, count, seed_row);
       }
       g.z = scaled + (at - first);
-      const bool masked = g.a == 0 || g.b == 0 || g.c0 == 0 || g.c1 == 0;
       runner<T>(masked, a_.uncond != nullptr, g.history > 0, noise, a_.x0 != nullptr)(g, size);
       at += size;
     }
@@ -216,6 +246,10 @@ class Step {
                    : real(static_cast<const float*>(a_.coefficients)[i]);
   }
 
+  PhiloxAt noise_at(int64_t seed_row) const {
+    return PhiloxAt{philox_key(a_.seeds ? uint64_t(a_.seeds[seed_row]) : a_.seed), a_.step, kStreamDiffusionStep};
+  }
+
   void make_noise(real* scaled, float* drawn, int64_t first, int64_t n, int64_t count, int64_t seed_row) const {
     const T* const variance = stream(a_.variance, first);
     if (a_.noise_kind == kGivenNoise) {
@@ -225,9 +259,8 @@ class Step {
       scale_noise(scaled, variance, n);
       return;
     }
-    const uint64_t seed = a_.seeds ? uint64_t(a_.seeds[seed_row]) : a_.seed;
     float* const z = sizeof(real) == sizeof(float) ? (float*)scaled : drawn;
-    draw(z, count, n, PhiloxAt{philox_key(seed), a_.step, kStreamDiffusionStep});
+    draw(z, count, n, noise_at(seed_row));
     if (z == drawn)
       for (int64_t i = 0; i < n; ++i) scaled[i] = real(z[i]);
     scale_noise(scaled, variance, n);
