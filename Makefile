@@ -6,6 +6,7 @@
 #   make test-deep   the slow tests too                             make sdist   and a wheel from it
 #   make doctor      what runs on this machine, and why             make lint    ruff, clang-format; `make format` mends
 #   make docs-check  tables and examples of the docs                make clean   all but .venv; `make distclean`: that too
+#   make sanitize-address   tests of the CPU code under ASan and UBSan; make sanitize-thread: under TSan
 #
 # PYTHON=python3.11 chooses the interpreter, CUDAARCHS="80;90" the GPU generations, GMKERNELS_CUDA=OFF a CPU-only build.
 
@@ -31,7 +32,8 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 # What the wheel is made of. Build outputs of `make dev` are not: they are no reason to build again.
 SOURCES := CMakeLists.txt $(wildcard cmake/*) pyproject.toml constraints.txt $(sort $(shell find csrc python bench \
   -name __pycache__ -prune -o -type f ! -name '*.so' ! -name '*.pyc' ! -path 'bench/results/*' -print))
-CPP := $(sort $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu))
+CPP := $(sort $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu \
+  tests/sanitize/*.cpp))
 
 # One GPU generation is enough to work with: that of the GPU here, else Hopper. `make wheel` builds for all.
 LOCAL_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]+$$' \
@@ -40,7 +42,8 @@ DEV_ARCHS := $(or $(CUDAARCHS),$(LOCAL_ARCHS),90)
 # A build for other settings is another build: the stamp carries them.
 WHEEL_STAMP := $(STAMPS)/wheel-$(subst ;,-,$(DEV_ARCHS))-$(or $(GMKERNELS_CUDA),AUTO)
 
-.PHONY: help bench test test-deep doctor dev wheel sdist lint format docs-check clean distclean
+SANITIZE := sanitize-address sanitize-thread
+.PHONY: $(SANITIZE) help bench test test-deep doctor dev wheel sdist lint format docs-check clean distclean
 
 help:
 	@sed -n 's/^#   make /make /p' Makefile
@@ -89,6 +92,11 @@ test: $(WHEEL_STAMP)
 test-deep: $(WHEEL_STAMP)
 	@echo "== tests, the slow ones too"
 	$(PY) -m pytest tests
+	$(MAKE) sanitize-address
+	$(MAKE) sanitize-thread
+
+$(SANITIZE): sanitize-%: $(STAMPS)/env
+	@$(PY) tests/sanitize/run.py $*
 
 docs-check: $(WHEEL_STAMP)
 	@echo "== docs: generated tables, runnable examples"

@@ -357,6 +357,10 @@ GMK_INLINE void store_float_some(T* p, vfloat x, int64_t count) {
 
 // OpenMP team for `work` (elements, or anything that costs about a nanosecond each): one thread where waking another
 // costs more than it saves. Results never depend on it.
+#ifdef GMK_ALWAYS_THREADS  // the TSan build: small tests must show races too
+GMK_INLINE int team(int64_t, int threads, int64_t = 0) { return threads < 2 ? 1 : threads; }
+#else
 GMK_INLINE int team(int64_t work, int threads, int64_t grain = 32768) { return work < grain || threads < 2 ? 1 : threads; }
+#endif
 
 }}}  // namespace gmk::GMK_ISA_NS::(anonymous)
