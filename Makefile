@@ -7,6 +7,7 @@
 #   make doctor      what runs on this machine, and why             make lint    ruff, clang-format; `make format` mends
 #   make docs-check  tables and examples of the docs                make clean   all but .venv; `make distclean`: that too
 #   make sanitize-address   tests of the CPU code under ASan and UBSan; make sanitize-thread: under TSan
+#   make cuda-static STATIC_ARCHS=90  registers, spills, instructions of the CUDA kernels; make cuda-budget writes them anew
 #
 # PYTHON=python3.11 chooses the interpreter, CUDAARCHS="80;90" the GPU generations, GMKERNELS_CUDA=OFF a CPU-only build.
 
@@ -43,7 +44,7 @@ DEV_ARCHS := $(or $(CUDAARCHS),$(LOCAL_ARCHS),90)
 WHEEL_STAMP := $(STAMPS)/wheel-$(subst ;,-,$(DEV_ARCHS))-$(or $(GMKERNELS_CUDA),AUTO)
 
 SANITIZE := sanitize-address sanitize-thread
-.PHONY: $(SANITIZE) help bench test test-deep doctor dev wheel sdist lint format docs-check clean distclean
+.PHONY: $(SANITIZE) cuda-static cuda-budget help bench test test-deep doctor dev wheel sdist lint format docs-check clean distclean
 
 help:
 	@sed -n 's/^#   make /make /p' Makefile
@@ -94,6 +95,14 @@ test-deep: $(WHEEL_STAMP)
 	$(PY) -m pytest tests
 	$(MAKE) sanitize-address
 	$(MAKE) sanitize-thread
+	$(MAKE) cuda-static
+
+# All generations and the disassembly; STATIC_ARCHS=90 is the quick form, without it.
+cuda-static: $(STAMPS)/env
+	@$(PY) tests/cuda_static/check.py $(if $(STATIC_ARCHS),--archs $(STATIC_ARCHS) --no-sass)
+
+cuda-budget: $(STAMPS)/env
+	@$(PY) tests/cuda_static/check.py --write
 
 $(SANITIZE): sanitize-%: $(STAMPS)/env
 	@$(PY) tests/sanitize/run.py $*

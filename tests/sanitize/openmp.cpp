@@ -1,9 +1,9 @@
 // OpenMP's run time for the TSan build: what GCC calls for the pragmas that the kernels use, on std::thread.
 //
 // libgomp is not instrumented: its barriers are invisible to TSan, which then reports every barrier as a race (or, with
-// its reports suppressed, none at all). So the thread build takes this file instead. The kernels are compiled unchanged,
-// with -fopenmp, and their pragmas become calls of the functions below, in this module alone (hidden visibility); run.py
-// checks that no OpenMP function is left to be taken from libgomp.
+// its reports suppressed, none at all). So the thread build takes this file instead. The kernels are compiled
+// unchanged, with -fopenmp, and their pragmas become calls of the functions below, in this module alone (hidden
+// visibility); run.py checks that no OpenMP function is left to be taken from libgomp.
 //
 // Only what OpenMP promises orders two accesses here: the begin and the end of a region, and barriers. Iterations of
 // schedule(dynamic) go round-robin, so that even the smallest loop is shared by all threads; a lock or an atomic that

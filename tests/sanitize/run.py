@@ -8,8 +8,8 @@ preloaded, because neither Python nor torch has it. First the canaries: calls th
 reported, else nothing below means anything. Then tests/test_<family>*.py, CPU only, without what compiles (inductor's
 g++ would run under the sanitizer too, and it generates no code of ours).
 
-address: torch's allocations come from ASan's malloc, so that a kernel's access one byte past a tensor is seen. Leaks are
-not looked for: Python and torch never free everything.
+address: torch's allocations come from ASan's malloc, so that one byte past a tensor is seen. Leaks are not
+looked for: Python and torch never free everything.
 
 thread: OpenMP is tests/sanitize/openmp.cpp, because TSan cannot see libgomp's barriers, and every team has all its
 threads however small the work. A driver in C++ would need its own list of shapes and arguments for each op; in Python
@@ -77,7 +77,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", choices=OPTIONS)
     parser.add_argument("--no-tests", action="store_true", help="build and canaries only")
-    parser.add_argument("pytest", nargs="*", help="instead of the families' tests, e.g. tests/test_random.py -x (after --)")
+    parser.add_argument("pytest", nargs="*", help="instead of the families' tests (after --): tests/test_random.py -x")
     args = parser.parse_args()
 
     build, site = ROOT / "build/sanitize" / args.which, ROOT / "build/sanitize" / args.which / "site"
@@ -124,7 +124,7 @@ def env(which, build, site):
 
 
 def run(command, environment, build, **options):
-    """The finished process and the sanitizer's reports. Without address randomisation: TSan's shadow needs its place."""
+    """The finished process and the sanitizer's reports. No address randomisation: TSan's shadow needs its place."""
     for old in build.glob("report.*"):
         old.unlink()
     fixed = [setarch, "-R"] if (setarch := shutil.which("setarch")) else []
