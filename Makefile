@@ -8,6 +8,7 @@
 #   make docs-check  tables and examples of the docs                make clean   all but .venv; `make distclean`: that too
 #   make sanitize-address   tests of the CPU code under ASan and UBSan; make sanitize-thread: under TSan
 #   make cuda-static STATIC_ARCHS=90  registers, spills, instructions of the CUDA kernels; make cuda-budget writes them anew
+#   make gpu-check  all that needs a GPU, in phases (PHASES="build tests"); make gpu-check-dry: without one, in CI
 #
 # PYTHON=python3.11 chooses the interpreter, CUDAARCHS="80;90" the GPU generations, GMKERNELS_CUDA=OFF a CPU-only build.
 
@@ -44,7 +45,7 @@ DEV_ARCHS := $(or $(CUDAARCHS),$(LOCAL_ARCHS),90)
 WHEEL_STAMP := $(STAMPS)/wheel-$(subst ;,-,$(DEV_ARCHS))-$(or $(GMKERNELS_CUDA),AUTO)
 
 SANITIZE := sanitize-address sanitize-thread
-.PHONY: $(SANITIZE) cuda-static cuda-budget help bench test test-deep doctor dev wheel sdist lint format docs-check clean distclean
+.PHONY: $(SANITIZE) cuda-static cuda-budget gpu-check gpu-check-dry help bench test test-deep doctor dev wheel sdist lint format docs-check clean distclean
 
 help:
 	@sed -n 's/^#   make /make /p' Makefile
@@ -103,6 +104,13 @@ cuda-static: $(STAMPS)/env
 
 cuda-budget: $(STAMPS)/env
 	@$(PY) tests/cuda_static/check.py --write
+
+# With the machine's own Python: it has a torch that fits its driver. The dry run takes .venv's.
+gpu-check:
+	@$(PYTHON) tests/gpu/check.py $(if $(OUT),--out "$(OUT)") $(PHASES)
+
+gpu-check-dry: $(STAMPS)/env
+	@$(PY) tests/gpu/check.py --dry $(PHASES)
 
 $(SANITIZE): sanitize-%: $(STAMPS)/env
 	@$(PY) tests/sanitize/run.py $*
