@@ -35,7 +35,7 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 SOURCES := CMakeLists.txt $(wildcard cmake/*) pyproject.toml constraints.txt $(sort $(shell find csrc python bench \
   -name __pycache__ -prune -o -type f ! -name '*.so' ! -name '*.pyc' ! -path 'bench/results/*' -print))
 CPP := $(sort $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu \
-  tests/sanitize/*.cpp))
+  tests/sanitize/*.cpp tests/gpu/*.cu))
 
 # One GPU generation is enough to work with: that of the GPU here, else Hopper. `make wheel` builds for all.
 LOCAL_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]+$$' \

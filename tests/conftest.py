@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ from gmkernels import _C, _call
 
 def pytest_configure(config):
     torch.set_num_threads(2)
+    # torch's compile cache on disk does not see that a backward written in Python has changed.
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 
 @pytest.fixture(params=["cpu", "simt", "cuda"])

@@ -3,7 +3,9 @@
 #include "core/philox.h"
 #include "core/simd.h"
 
-namespace gmk { namespace GMK_ISA_NS { namespace {
+namespace gmk {
+namespace GMK_ISA_NS {
+namespace {
 
 constexpr int kChunkBlocks = 64;
 constexpr int kChunk = 4 * kChunkBlocks;  // numbers: 1 KiB of float32 stays in L1
@@ -43,9 +45,7 @@ GMK_INLINE vwide wide_high(vwide a) { return _mm256_srli_epi64(a, 32); }
 GMK_INLINE vwide wide_xor(vwide a, vwide b, vwide c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
 GMK_INLINE vwide wide_set(uint64_t x) { return _mm256_set1_epi64x((long long)x); }
 GMK_INLINE vwide wide_pack(vwide even, vwide odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }
-GMK_INLINE vwide wide_blocks(uint32_t low) {
-  return _mm256_add_epi64(wide_set(low), _mm256_set_epi64x(3, 1, 2, 0));
-}
+GMK_INLINE vwide wide_blocks(uint32_t low) { return _mm256_add_epi64(wide_set(low), _mm256_set_epi64x(3, 1, 2, 0)); }
 GMK_INLINE void unpack(const uint32_t* a, const uint32_t* b, uint32_t* out) {
   const __m256i x = _mm256_loadu_si256((const __m256i*)a), y = _mm256_loadu_si256((const __m256i*)b);
   _mm256_storeu_si256((__m256i*)out, _mm256_unpacklo_epi32(x, y));
@@ -110,8 +110,16 @@ GMK_INLINE void box_muller(__m512i radius_word, __m512i angle_word, __m512* cosi
   const __m512i mantissa = _mm512_add_epi32(_mm512_and_si512(t, i1(0x007FFFFFu)), i1(0x3F3504F3u));
   f = _mm512_mask_add_ps(f, far, _mm512_castsi512_ps(mantissa), f1(-1.0f));
   const __m512 e = _mm512_cvtepi32_ps(_mm512_maskz_srai_epi32(far, t, 23));
-  constexpr float poly[10] = {2.3029220620e-1f,  -2.3353997480e-1f, 2.4840281692e-1f,  -2.8498644574e-1f, 3.3336115330e-1f,
-                              -4.0001429530e-1f, 4.9999987986e-1f,  -6.6666662348e-1f, 1.0f,              -2.0f};
+  constexpr float poly[10] = {2.3029220620e-1f,
+                              -2.3353997480e-1f,
+                              2.4840281692e-1f,
+                              -2.8498644574e-1f,
+                              3.3336115330e-1f,
+                              -4.0001429530e-1f,
+                              4.9999987986e-1f,
+                              -6.6666662348e-1f,
+                              1.0f,
+                              -2.0f};
   __m512 p = f1(-1.40753672584e-1f);
 #pragma GCC unroll 10
   for (int i = 0; i < 10; ++i) p = _mm512_fmadd_ps(p, f, f1(poly[i]));
@@ -171,7 +179,8 @@ static __attribute__((noinline, unused)) void chunk_uniforms(float* out, uint64_
 }
 #else
 GMK_INLINE void chunk_normals(float* out, uint64_t block, PhiloxAt at) {
-  for (int b = 0; b < kChunkBlocks; ++b) normals_from(philox(block + uint64_t(b), at.step, at.stream, at.key), out + 4 * b);
+  for (int b = 0; b < kChunkBlocks; ++b)
+    normals_from(philox(block + uint64_t(b), at.step, at.stream, at.key), out + 4 * b);
 }
 GMK_INLINE void chunk_uniforms(float* out, uint64_t block, PhiloxAt at) {
   for (int b = 0; b < kChunkBlocks; ++b) {
@@ -181,4 +190,6 @@ GMK_INLINE void chunk_uniforms(float* out, uint64_t block, PhiloxAt at) {
 }
 #endif
 
-}}}  // namespace gmk::GMK_ISA_NS::(anonymous)
+}  // namespace
+}  // namespace GMK_ISA_NS
+}  // namespace gmk

@@ -56,8 +56,8 @@ struct PlainTensor {
   char* data;
   int64_t numel, bytes;
   int ndim;
-  const int64_t* shape;  // torch's own, valid while the tensor lives
-  int dtype;             // DType, or -1 - DLPack's type code (int64: kInt64)
+  const int64_t* shape;                          // torch's own, valid while the tensor lives
+  int dtype;                                     // DType, or -1 - DLPack's type code (int64: kInt64)
   bool operator==(const PlainTensor& o) const {  // dtype and shape
     if (dtype != o.dtype || ndim != o.ndim) return false;
     for (int d = 0; d < ndim; ++d)
@@ -83,12 +83,23 @@ inline bool plain(PyObject* t, bool grad, PlainTensor* out) {
   constexpr int kCpu = 1;
   if (d.device.device_type != kCpu || d.dtype.lanes != 1) return false;
   switch (d.dtype.code * 256 + d.dtype.bits) {  // kDLInt 0, kDLFloat 2, kDLBfloat 4
-    case 64: out->dtype = kInt64; break;
-    case 2 * 256 + 32: out->dtype = kFloat32; break;
-    case 2 * 256 + 64: out->dtype = kFloat64; break;
-    case 2 * 256 + 16: out->dtype = kFloat16; break;
-    case 4 * 256 + 16: out->dtype = kBFloat16; break;
-    default: return false;
+    case 64:
+      out->dtype = kInt64;
+      break;
+    case 2 * 256 + 32:
+      out->dtype = kFloat32;
+      break;
+    case 2 * 256 + 64:
+      out->dtype = kFloat64;
+      break;
+    case 2 * 256 + 16:
+      out->dtype = kFloat16;
+      break;
+    case 4 * 256 + 16:
+      out->dtype = kBFloat16;
+      break;
+    default:
+      return false;
   }
   int64_t numel = 1;
   for (int i = d.ndim - 1; i >= 0; --i) {

@@ -3,7 +3,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-namespace gmk { namespace {
+namespace gmk {
+namespace {
 
 template <class T>
 class Scratch {
@@ -22,4 +23,5 @@ class Scratch {
   T* data_ = nullptr;
 };
 
-}}  // namespace gmk::(anonymous)
+}  // namespace
+}  // namespace gmk

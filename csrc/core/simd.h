@@ -24,7 +24,9 @@
 #define GMK_ISA_NS GMK_CAT(isa_, GMK_ISA)  // namespace of this compilation: isa_base, isa_avx2, isa_avx512
 #define GMK_INLINE static inline __attribute__((always_inline, unused))
 
-namespace gmk { namespace GMK_ISA_NS { namespace {
+namespace gmk {
+namespace GMK_ISA_NS {
+namespace {
 
 typedef float vfloat __attribute__((vector_size(GMK_VECTOR_BYTES)));
 typedef double vdouble __attribute__((vector_size(GMK_VECTOR_BYTES)));
@@ -180,7 +182,8 @@ GMK_INLINE auto hsum(V x) {
 // exp: at most 2 ulp; 0 below the smallest normal number, infinity above the largest, NaN for NaN.
 GMK_INLINE vfloat vexp(vfloat x) {
   const vfloat lo = splat(-87.336540f), hi = splat(88.722839f);
-  const vint under = x < lo, over = x > hi;
+  const vint under = x < lo;
+  const vint over = x > hi;
   const vfloat y = select(under, lo, select(over, hi, x));
   const vfloat magic = splat(12582912.0f), z = madd(y, splat(1.44269504f), magic), n = z - magic;
   vfloat f = madd(n, splat(-0.693145752f), y);
@@ -198,7 +201,8 @@ GMK_INLINE vfloat vexp(vfloat x) {
 }
 GMK_INLINE vdouble vexp(vdouble x) {
   const vdouble lo = splat(-708.39), hi = splat(709.782712893384);
-  const vlong under = x < lo, over = x > hi;
+  const vlong under = x < lo;
+  const vlong over = x > hi;
   const vdouble y = select(under, lo, select(over, hi, x));
   const vdouble magic = splat(6755399441055744.0), z = madd(y, splat(1.4426950408889634), magic), n = z - magic;
   vdouble f = madd(n, splat(-0.693147180369123816490), y);
@@ -279,7 +283,8 @@ GMK_INLINE vdouble vlog(vdouble x) {
   p = madd(p, z, splat(2.857142874366239149e-01));
   p = madd(p, z, splat(3.999999999940941908e-01));
   p = madd(p, z, splat(6.666666666666735130e-01));
-  vdouble r = k * splat(6.93147180369123816490e-01) - ((half - madd(s, half + p * z, k * splat(1.90821492927058770002e-10))) - f);
+  vdouble r = k * splat(6.93147180369123816490e-01) -
+              ((half - madd(s, half + p * z, k * splat(1.90821492927058770002e-10))) - f);
   r = select(x == vdouble{}, splat(-(double)INFINITY), r);
   r = select((vlong)(x == splat((double)INFINITY)), x, r);
   return select((vlong)((x < vdouble{}) | (x != x)), splat((double)NAN), r);
@@ -361,7 +366,11 @@ GMK_INLINE void store_float_some(T* p, vfloat x, int64_t count) {
 #ifdef GMK_ALWAYS_THREADS  // the TSan build: small tests must show races too
 GMK_INLINE int team(int64_t, int threads, int64_t = 0) { return threads < 2 ? 1 : threads; }
 #else
-GMK_INLINE int team(int64_t work, int threads, int64_t grain = 32768) { return work < grain || threads < 2 ? 1 : threads; }
+GMK_INLINE int team(int64_t work, int threads, int64_t grain = 32768) {
+  return work < grain || threads < 2 ? 1 : threads;
+}
 #endif
 
-}}}  // namespace gmk::GMK_ISA_NS::(anonymous)
+}  // namespace
+}  // namespace GMK_ISA_NS
+}  // namespace gmk

@@ -23,8 +23,8 @@ struct type_id {
 
 #ifdef GMK_SIMT
 // GMK_SHARED(name, float[8][32]): a block's shared array. GMK_DYN_SHARED(name): the bytes asked for at the launch.
-#define GMK_SHARED(name, ...)                                                                                    \
-  static const ::gmk_simt::Site name##_site{#name, sizeof(typename ::gmk::type_id<__VA_ARGS__>::type), 16};     \
+#define GMK_SHARED(name, ...)                                                                               \
+  static const ::gmk_simt::Site name##_site{#name, sizeof(typename ::gmk::type_id<__VA_ARGS__>::type), 16}; \
   auto& name = *reinterpret_cast<typename ::gmk::type_id<__VA_ARGS__>::type*>(::gmk_simt::shared_static(&name##_site))
 #define GMK_DYN_SHARED(name) unsigned char* name = (unsigned char*)::gmk_simt::shared_dynamic(16)
 // GMK_LAUNCH((kernel<T>), grid, block, shared_bytes, stream, args...) is a Status.
@@ -34,9 +34,9 @@ struct type_id {
 #else
 #define GMK_SHARED(name, ...) __shared__ __align__(16) typename ::gmk::type_id<__VA_ARGS__>::type name
 #define GMK_DYN_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#define GMK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                             \
-  (::gmk::launch_kernel((const void*)(GMK_UNPAREN kernel), shared_bytes, #kernel, [&] {                        \
-    GMK_UNPAREN kernel<<<grid, block, shared_bytes, (cudaStream_t)stream>>>(__VA_ARGS__);                      \
+#define GMK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                        \
+  (::gmk::launch_kernel((const void*)(GMK_UNPAREN kernel), shared_bytes, #kernel, [&] {   \
+    GMK_UNPAREN kernel<<<grid, block, shared_bytes, (cudaStream_t)stream>>>(__VA_ARGS__); \
   }))
 #define GMK_DEV __device__ __forceinline__
 
@@ -64,7 +64,8 @@ class DeviceGuard {
   explicit DeviceGuard(int) {}
 #else
   explicit DeviceGuard(int device) {
-    if (cudaGetDevice(&previous_) == cudaSuccess && previous_ != device) changed_ = cudaSetDevice(device) == cudaSuccess;
+    if (cudaGetDevice(&previous_) == cudaSuccess && previous_ != device)
+      changed_ = cudaSetDevice(device) == cudaSuccess;
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(previous_);
@@ -190,12 +191,13 @@ GMK_DEV void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #define GMK_MMA(shape, types, type) mma_by_shuffles<type>(d, a, b, c)  // sm_75 has none of these instructions
 #else
-#define GMK_MMA(shape, types, type)                                                                          \
-  asm volatile("mma.sync.aligned." shape ".row.col.f32." types ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},"   \
-               "{%10,%11,%12,%13};\n"                                                                        \
-               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                              \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),     \
-                 "f"(c[2]), "f"(c[3]))
+#define GMK_MMA(shape, types, type)                                                                                 \
+  asm volatile("mma.sync.aligned." shape ".row.col.f32." types                                                      \
+               ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},"                                                          \
+               "{%10,%11,%12,%13};\n"                                                                               \
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                     \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), \
+                 "f"(c[3]))
 #endif
 GMK_DEV void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
   GMK_MMA("m16n8k16", "bf16.bf16", kMmaBf16);

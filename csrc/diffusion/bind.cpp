@@ -9,7 +9,9 @@ GMK_ISA_TABLES(DiffusionKernels, diffusion_kernels)
 
 PyMethodDef* diffusion_step_plain_method();  // bind_plain.cpp
 
-Status diffusion_step_cpu(const DiffusionStep& a, int threads) { return diffusion_kernels().diffusion_step(a, threads); }
+Status diffusion_step_cpu(const DiffusionStep& a, int threads) {
+  return diffusion_kernels().diffusion_step(a, threads);
+}
 #endif
 
 static DiffusionStep diffusion_step(Address out, Address x0, Address x, Address model_output, Address coefficients,

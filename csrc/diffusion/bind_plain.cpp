@@ -189,7 +189,8 @@ PyObject* diffusion_step_plain(PyObject*, PyObject* const* args, Py_ssize_t coun
 }  // namespace
 
 PyMethodDef* diffusion_step_plain_method() {
-  static PyMethodDef method = {"diffusion_step_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(diffusion_step_plain)),
+  static PyMethodDef method = {"diffusion_step_plain",
+                               reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(diffusion_step_plain)),
                                METH_FASTCALL, nullptr};
   return &method;
 }

@@ -30,7 +30,8 @@ GMK_DEV Row<R> load_row(const DiffusionStep& a, int64_t row) {
 #pragma unroll
   for (int k = 0; k < kCoefficients; ++k) {
     const int64_t at = row * kCoefficients + k;
-    r.c[k] = a.wide ? R(static_cast<const double*>(a.coefficients)[at]) : R(static_cast<const float*>(a.coefficients)[at]);
+    r.c[k] =
+        a.wide ? R(static_cast<const double*>(a.coefficients)[at]) : R(static_cast<const float*>(a.coefficients)[at]);
   }
   return r;
 }
@@ -165,10 +166,14 @@ Status diffusion_step_cuda(const DiffusionStep& a, int device, void* stream) {
   if (a.numel <= 0) return kOk;
   const DeviceGuard guard(device);
   switch (a.dtype) {
-    case kFloat32: return launch<float>(a, stream);
-    case kFloat64: return launch<double>(a, stream);
-    case kBFloat16: return launch<bf16>(a, stream);
-    case kFloat16: return launch<f16>(a, stream);
+    case kFloat32:
+      return launch<float>(a, stream);
+    case kFloat64:
+      return launch<double>(a, stream);
+    case kBFloat16:
+      return launch<bf16>(a, stream);
+    case kFloat16:
+      return launch<f16>(a, stream);
   }
   return "unknown dtype";
 }

@@ -14,8 +14,8 @@ enum DiffusionNoise : int { kNoNoise = 0, kDrawnNoise = 1, kGivenNoise = 2 };
 enum DiffusionCoefficient : int { kA, kB, kC0, kC1, kC2, kC3, kC4, kS, kCoefficients };
 
 struct DiffusionStep {
-  void* out;                 // [numel] of dtype, as every tensor below; may be one of them, but not a part of one
-  void* x0;                  // nullptr: not wanted
+  void* out;  // [numel] of dtype, as every tensor below; may be one of them, but not a part of one
+  void* x0;   // nullptr: not wanted
   const void* x;
   const void* model_output;
   const void* coefficients;  // [8] or [samples, 8], float32 or (with float64 tensors) float64
@@ -28,12 +28,12 @@ struct DiffusionStep {
   int64_t coefficient_rows;  // 1 or samples
   int64_t seed_rows;         // 1, or samples when seeds is [samples]
   uint64_t seed;
-  uint32_t step;             // counter word 2
+  uint32_t step;  // counter word 2
   double guidance;
-  double low, high;          // -infinity, infinity: no clip
-  int noise_kind;            // DiffusionNoise
-  int dtype;                 // DType of every tensor but coefficients and seeds
-  int wide;                  // coefficients are float64
+  double low, high;  // -infinity, infinity: no clip
+  int noise_kind;    // DiffusionNoise
+  int dtype;         // DType of every tensor but coefficients and seeds
+  int wide;          // coefficients are float64
 };
 
 struct DiffusionKernels {

@@ -4,7 +4,8 @@
 
 #include "core/philox_simd.h"
 
-namespace gmk { namespace GMK_ISA_NS {
+namespace gmk {
+namespace GMK_ISA_NS {
 namespace {
 
 constexpr int64_t kRun = 8 * kChunk, kDrawnRun = 4 * kChunk;
@@ -62,8 +63,18 @@ struct Body {
   I use_a, use_b, use_c0, use_c1;
 
   GMK_HD_MEMBER explicit Body(const Segment<T>& g)
-      : g(g), a(splat(g.a)), b(splat(g.b)), c0(splat(g.c0)), c1(splat(g.c1)), s(splat(g.s)), guidance(splat(g.guidance)),
-        low(g.low - V{}), high(g.high - V{}), use_a((I)(a != V{})), use_b((I)(b != V{})), use_c0((I)(c0 != V{})),
+      : g(g),
+        a(splat(g.a)),
+        b(splat(g.b)),
+        c0(splat(g.c0)),
+        c1(splat(g.c1)),
+        s(splat(g.s)),
+        guidance(splat(g.guidance)),
+        low(g.low - V{}),
+        high(g.high - V{}),
+        use_a((I)(a != V{})),
+        use_b((I)(b != V{})),
+        use_c0((I)(c0 != V{})),
         use_c1((I)(c1 != V{})) {}
 
   GMK_HD_MEMBER static V hide(V x, I use) { return kMasked ? (V)((I)x & use) : x; }
@@ -117,10 +128,11 @@ using Runner = void (*)(const Segment<T>&, int64_t);
 template <class T>
 Runner<T> runner(bool masked, bool guided, bool history, bool noise, bool x0) {
 #define GMK_RUN2(...) run_segment<T, __VA_ARGS__, false>, run_segment<T, __VA_ARGS__, true>
-#define GMK_RUN8(...) \
+#define GMK_RUN8(...)                                                                                          \
   GMK_RUN2(__VA_ARGS__, false, false), GMK_RUN2(__VA_ARGS__, false, true), GMK_RUN2(__VA_ARGS__, true, false), \
       GMK_RUN2(__VA_ARGS__, true, true)
-  static const Runner<T> all[32] = {GMK_RUN8(false, false), GMK_RUN8(false, true), GMK_RUN8(true, false), GMK_RUN8(true, true)};
+  static const Runner<T> all[32] = {GMK_RUN8(false, false), GMK_RUN8(false, true), GMK_RUN8(true, false),
+                                    GMK_RUN8(true, true)};
 #undef GMK_RUN8
 #undef GMK_RUN2
   return all[masked * 16 + guided * 8 + history * 4 + noise * 2 + x0];
@@ -242,10 +254,14 @@ Status run(const DiffusionStep& a, int threads) {
 Status diffusion_step(const DiffusionStep& a, int threads) {
   if (a.numel <= 0) return kOk;
   switch (a.dtype) {
-    case kFloat32: return run<float>(a, threads);
-    case kFloat64: return run<double>(a, threads);
-    case kBFloat16: return run<bf16>(a, threads);
-    case kFloat16: return run<f16>(a, threads);
+    case kFloat32:
+      return run<float>(a, threads);
+    case kFloat64:
+      return run<double>(a, threads);
+    case kBFloat16:
+      return run<bf16>(a, threads);
+    case kFloat16:
+      return run<f16>(a, threads);
   }
   return "unknown dtype";
 }
@@ -255,4 +271,5 @@ Status diffusion_step(const DiffusionStep& a, int threads) {
 extern const DiffusionKernels diffusion_kernels;
 const DiffusionKernels diffusion_kernels = {diffusion_step};
 
-}}  // namespace gmk::GMK_ISA_NS
+}  // namespace GMK_ISA_NS
+}  // namespace gmk

@@ -43,8 +43,8 @@ static GmmLogProbBackward gmm_log_prob_backward(Address grad_x, Address grad_log
                                                 Address grad_precisions, Address scratch, Address grad,
                                                 Address log_prob, Address x, Address log_weights, Address means,
                                                 Address precisions, int64_t scratch_bytes, py::tuple strides, int64_t b,
-                                                int64_t n, int64_t k, int64_t d, int dtype, int covariance,
-                                                bool need_x, bool need_parameters) {
+                                                int64_t n, int64_t k, int64_t d, int dtype, int covariance, bool need_x,
+                                                bool need_parameters) {
   GmmLogProbBackward a{};
   a.need_x = need_x;
   a.need_parameters = need_parameters;

@@ -18,9 +18,9 @@ struct GmmInputs {
   const void* means;        // [k, d]
   const void* precisions;   // full [k, d, d], tied [d, d], diag [k, d], spherical [k]
   int64_t x_stride, weights_stride, means_stride, precisions_stride;  // elements to the next mixture; 0: one for all
-  int64_t b, n, k, d;       // mixtures, rows, components, features
-  int dtype;                // DType of everything: float32 or float64
-  int covariance;           // CovarianceType
+  int64_t b, n, k, d;                                                 // mixtures, rows, components, features
+  int dtype;                                                          // DType of everything: float32 or float64
+  int covariance;                                                     // CovarianceType
 };
 
 struct GmmLogProb {
@@ -30,13 +30,13 @@ struct GmmLogProb {
 
 struct GmmLogProbBackward {
   bool need_x, need_parameters;  // which gradients to compute: the first; the other three
-  void* grad_x;            // [b, n, d]
-  void* grad_log_weights;  // [b, k]
-  void* grad_means;        // [b, k, d]
-  void* grad_precisions;   // [b, ...]
-  const void* grad;        // [b, n]
-  const void* log_prob;    // [b, n]: the result of the forward
-  void* scratch;           // CUDA only: [slabs][statistics] float64 (ops/gmm.py allocates it)
+  void* grad_x;                  // [b, n, d]
+  void* grad_log_weights;        // [b, k]
+  void* grad_means;              // [b, k, d]
+  void* grad_precisions;         // [b, ...]
+  const void* grad;              // [b, n]
+  const void* log_prob;          // [b, n]: the result of the forward
+  void* scratch;                 // CUDA only: [slabs][statistics] float64 (ops/gmm.py allocates it)
   int64_t scratch_bytes;
   GmmInputs in;
 };

@@ -9,7 +9,8 @@
 #include "gmm/gmm_statistics.h"
 #include "gmm/gmm_tile.h"
 
-namespace gmk { namespace GMK_ISA_NS {
+namespace gmk {
+namespace GMK_ISA_NS {
 namespace {
 
 constexpr int64_t kFlush = 4096;               // rows between two additions to float64
@@ -264,9 +265,12 @@ static void diag_component(const Buffers<T>& u, const Mixture<T>& m, int64_t c, 
 template <class T, bool need_x, bool need_parameters>
 static void tile_component(const Buffers<T>& u, const Layout& s, const Mixture<T>& m, int64_t c, int words, T* first,
                            T* second) {
-  if (s.matrix) full_component<T, need_x, need_parameters>(u, s, m, c, words, first, second);
-  else if (m.centred) diag_component<T, true, need_x, need_parameters>(u, m, c, words, first);
-  else diag_component<T, false, need_x, need_parameters>(u, m, c, words, first);
+  if (s.matrix)
+    full_component<T, need_x, need_parameters>(u, s, m, c, words, first, second);
+  else if (m.centred)
+    diag_component<T, true, need_x, need_parameters>(u, m, c, words, first);
+  else
+    diag_component<T, false, need_x, need_parameters>(u, m, c, words, first);
 }
 
 // The tile of rows begin .. begin + rows of mixture b. A row of zero density (log_prob = -inf) has no gradient: it is
@@ -327,8 +331,10 @@ static void group(const Buffers<T>& u, const Layout& s, const GmmLogProbBackward
       const int words = int((rows + n - 1) / n);
       load_rows(u, a, m, b, row, rows, words);
       if (need_x) {
-        if (c0) load_tile(u.grad_x, u.stride, grad_x + row * in.d, rows, in.d);
-        else memset(u.grad_x, 0, size_t(in.d * u.stride) * sizeof(T));
+        if (c0)
+          load_tile(u.grad_x, u.stride, grad_x + row * in.d, rows, in.d);
+        else
+          memset(u.grad_x, 0, size_t(in.d * u.stride) * sizeof(T));
       }
       for (int64_t c = 0; c < count; ++c)
         if (m.constants[c0 + c] != T(-INFINITY))
@@ -373,9 +379,12 @@ Status backward(const GmmLogProbBackward& a, int threads) {
       if (begin >= end) continue;
       const Buffers<T> u = buffers<T>(in, s, scratch.get() + omp_get_thread_num() * sizes.size);
       double* const sums = statistics.get() + job * s.total(in.k);
-      if (need_x && need_parameters) group<T, true, true>(u, s, a, b, begin, end, sums);
-      else if (need_x) group<T, true, false>(u, s, a, b, begin, end, sums);
-      else group<T, false, true>(u, s, a, b, begin, end, sums);
+      if (need_x && need_parameters)
+        group<T, true, true>(u, s, a, b, begin, end, sums);
+      else if (need_x)
+        group<T, true, false>(u, s, a, b, begin, end, sums);
+      else
+        group<T, false, true>(u, s, a, b, begin, end, sums);
     }
     if (!need_parameters) continue;
     for (int64_t i = 0; i < now; ++i) {
@@ -396,4 +405,5 @@ Status gmm_log_prob_backward(const GmmLogProbBackward& a, int threads) {
   return a.in.dtype == kFloat64 ? backward<double>(a, threads) : backward<float>(a, threads);
 }
 
-}}  // namespace gmk::GMK_ISA_NS
+}  // namespace GMK_ISA_NS
+}  // namespace gmk

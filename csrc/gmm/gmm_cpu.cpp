@@ -6,13 +6,14 @@
 #include "core/scratch.h"
 #include "gmm/gmm_tile.h"
 
-namespace gmk { namespace GMK_ISA_NS {
+namespace gmk {
+namespace GMK_ISA_NS {
 
 extern Status gmm_log_prob_backward(const GmmLogProbBackward& a, int threads);  // gmm_backward_cpu.cpp
 
 namespace {
 
-constexpr int kChunk = 32;         // components
+constexpr int kChunk = 32;       // components
 constexpr int64_t kRows = 1024;  // rows of one job
 
 template <class T, int V>
@@ -52,12 +53,16 @@ GMK_INLINE void component(T* lp, const T* x, int64_t stride, int words, const Mi
   constexpr int n = simd<T>::n, V = matrix ? kWords : 8;
   int u = 0;
   for (; u + V <= words; u += V) {
-    if (matrix) full_words<T, V>(lp + u * n, x + u * n, stride, m, c);
-    else diag_words<T, V, centred>(lp + u * n, x + u * n, stride, m, c);
+    if (matrix)
+      full_words<T, V>(lp + u * n, x + u * n, stride, m, c);
+    else
+      diag_words<T, V, centred>(lp + u * n, x + u * n, stride, m, c);
   }
   for (; u < words; ++u) {
-    if (matrix) full_words<T, 1>(lp + u * n, x + u * n, stride, m, c);
-    else diag_words<T, 1, centred>(lp + u * n, x + u * n, stride, m, c);
+    if (matrix)
+      full_words<T, 1>(lp + u * n, x + u * n, stride, m, c);
+    else
+      diag_words<T, 1, centred>(lp + u * n, x + u * n, stride, m, c);
   }
 }
 
@@ -100,8 +105,10 @@ static void tile_log_prob(T* out, T* lp, const T* x, int64_t stride, int words, 
           nan |= e != e;
           inf |= e == T(INFINITY) || e == T(-INFINITY);
         }
-        if (nan) r[l] = T(NAN);
-        else if (inf) r[l] = T(-INFINITY);
+        if (nan)
+          r[l] = T(NAN);
+        else if (inf)
+          r[l] = T(-INFINITY);
       }
     store(out + u * n, r);
   }
@@ -143,9 +150,12 @@ Status log_prob(const GmmLogProb& a, int threads) {
               store(x + f * stride + u * n, load(x + f * stride + u * n) - splat(m.centre[f]));
         T* const out = (T*)a.out + b * in.n + row;
         T* const target = rows == now * n ? out : result;
-        if (matrix) tile_log_prob<T, true, false>(target, lp, x, stride, now, m);
-        else if (m.centred) tile_log_prob<T, false, true>(target, lp, x, stride, now, m);
-        else tile_log_prob<T, false, false>(target, lp, x, stride, now, m);
+        if (matrix)
+          tile_log_prob<T, true, false>(target, lp, x, stride, now, m);
+        else if (m.centred)
+          tile_log_prob<T, false, true>(target, lp, x, stride, now, m);
+        else
+          tile_log_prob<T, false, false>(target, lp, x, stride, now, m);
         if (target == result) memcpy(out, result, size_t(rows) * sizeof(T));
       }
     }
@@ -163,4 +173,5 @@ Status gmm_log_prob(const GmmLogProb& a, int threads) {
 extern const GmmKernels gmm_kernels;
 const GmmKernels gmm_kernels = {gmm_log_prob, gmm_log_prob_backward};
 
-}}  // namespace gmk::GMK_ISA_NS
+}  // namespace GMK_ISA_NS
+}  // namespace gmk

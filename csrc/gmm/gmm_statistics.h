@@ -2,7 +2,9 @@
 #pragma once
 #include "gmm/gmm_tile.h"
 
-namespace gmk { namespace GMK_ISA_NS { namespace {
+namespace gmk {
+namespace GMK_ISA_NS {
+namespace {
 
 constexpr int kBlock = 4;  // features: sums of t_a t_b are kept in blocks [4][4], a-block <= b-block
 
@@ -93,4 +95,6 @@ static void finish(const GmmLogProbBackward& a, const Layout& s, int64_t b, doub
                   (const T*)in.precisions + b * in.precisions_stride, in.d);
 }
 
-}}}  // namespace gmk::GMK_ISA_NS::(anonymous)
+}  // namespace
+}  // namespace GMK_ISA_NS
+}  // namespace gmk

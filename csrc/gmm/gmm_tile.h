@@ -4,7 +4,9 @@
 #include "core/simd.h"
 #include "gmm/gmm.h"
 
-namespace gmk { namespace GMK_ISA_NS { namespace {
+namespace gmk {
+namespace GMK_ISA_NS {
+namespace {
 
 // Columns of P (kColumns) times words of rows (kWords) that are accumulated at once; kChains where one word of rows has
 // to fill the pipelines alone. Measured on Sapphire Rapids.
@@ -234,4 +236,6 @@ GMK_INLINE V scaled(V x, const Mixture<T>& m, int64_t at) {
   return (x - splat(m.means[at])) * splat(m.scales[at]);
 }
 
-}}}  // namespace gmk::GMK_ISA_NS::(anonymous)
+}  // namespace
+}  // namespace GMK_ISA_NS
+}  // namespace gmk

@@ -6,13 +6,15 @@
 #include "core/simd.h"
 #include "masked_conv/masked_conv.h"
 
-namespace gmk { namespace GMK_ISA_NS { namespace {
+namespace gmk {
+namespace GMK_ISA_NS {
+namespace {
 
-constexpr int kTile = 6;                                       // pixels (or weights) of a register tile
-constexpr int kVectors = GMK_VECTOR_BYTES == 64 ? 4 : 2;       // its SIMD words: 24 of 32 registers, or 12 of 16
-constexpr int kThree = kVectors > 3 ? 3 : kVectors;            // three words, where panels have more
+constexpr int kTile = 6;                                  // pixels (or weights) of a register tile
+constexpr int kVectors = GMK_VECTOR_BYTES == 64 ? 4 : 2;  // its SIMD words: 24 of 32 registers, or 12 of 16
+constexpr int kThree = kVectors > 3 ? 3 : kVectors;       // three words, where panels have more
 template <class T>
-constexpr int kWidth = kVectors * simd<T>::n;                  // channels of a full panel
+constexpr int kWidth = kVectors * simd<T>::n;  // channels of a full panel
 
 GMK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 GMK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -103,11 +105,11 @@ struct Run {
 // How the image is cut, and where its taps are in the scratch of one band.
 struct Bands {
   int64_t h, w, channels;
-  int64_t rows, cols;        // of one band; the last ones may be smaller
-  int64_t down, across;      // bands of an image
-  int64_t top, left;         // offset of the first row and column that any tap reaches
-  int64_t halo_y, halo_x;    // rows and columns beyond the band's own
-  int64_t pitch;             // columns of scratch
+  int64_t rows, cols;      // of one band; the last ones may be smaller
+  int64_t down, across;    // bands of an image
+  int64_t top, left;       // offset of the first row and column that any tap reaches
+  int64_t halo_y, halo_x;  // rows and columns beyond the band's own
+  int64_t pitch;           // columns of scratch
   int runs;
   Run run[kMaxTaps];
 
@@ -118,7 +120,8 @@ struct Bands {
 };
 
 // `pixels`: about as many as a band should have; `budget`: values of scratch that it should stay below.
-GMK_INLINE void cut(Bands& s, const Taps& taps, int64_t h, int64_t w, int64_t channels, int64_t pixels, int64_t budget) {
+GMK_INLINE void cut(Bands& s, const Taps& taps, int64_t h, int64_t w, int64_t channels, int64_t pixels,
+                    int64_t budget) {
   s.h = h;
   s.w = w;
   s.channels = channels;
@@ -185,8 +188,8 @@ void pack_band(const Bands& s, const Band& band, const T* x, bool nhwc, T* scrat
 
 // The panel buffer holds [pixel][width]: `count` channels of a band, from `channel` on, out of a tensor with `channels`.
 template <class T>
-void load_panel(const Bands& s, const Band& band, const T* x, bool nhwc, int64_t channels, int64_t channel, int64_t count,
-                T* panel, int64_t width) {
+void load_panel(const Bands& s, const Band& band, const T* x, bool nhwc, int64_t channels, int64_t channel,
+                int64_t count, T* panel, int64_t width) {
   const bool whole = band.cols == s.w;
   const int64_t segments = whole ? 1 : band.rows, length = whole ? band.pixels() : band.cols;
   for (int64_t r = 0; r < segments; ++r, panel += length * width) {
@@ -195,7 +198,8 @@ void load_panel(const Bands& s, const Band& band, const T* x, bool nhwc, int64_t
       const T* src = x + ((band.image * s.h + y) * s.w + band.x) * channels + channel;
       for (int64_t p = 0; p < length; ++p) memcpy(panel + p * width, src + p * channels, size_t(count) * sizeof(T));
     } else {
-      transpose(x + ((band.image * channels + channel) * s.h + y) * s.w + band.x, s.h * s.w, count, length, panel, width);
+      transpose(x + ((band.image * channels + channel) * s.h + y) * s.w + band.x, s.h * s.w, count, length, panel,
+                width);
     }
   }
 }
@@ -210,4 +214,6 @@ void store_panel(const Bands& s, const Band& band, const T* panel, int64_t width
               s.h * s.w);
 }
 
-}}}  // namespace gmk::GMK_ISA_NS::(anonymous)
+}  // namespace
+}  // namespace GMK_ISA_NS
+}  // namespace gmk

@@ -25,7 +25,8 @@ GMK_DEV Pixel pixel_of(int64_t index, int64_t end, int64_t h, int64_t w) {
 }
 
 template <class T>
-GMK_DEV T seen(const T* x, const Strides& s, const Pixel& p, int64_t channel, int64_t dy, int64_t dx, int64_t h, int64_t w) {
+GMK_DEV T seen(const T* x, const Strides& s, const Pixel& p, int64_t channel, int64_t dy, int64_t dx, int64_t h,
+               int64_t w) {
   const int64_t y = p.y + dy, x0 = p.x + dx;
   const bool inside = p.image >= 0 && y >= 0 && y < h && x0 >= 0 && x0 < w;
   return inside ? x[p.image * s.b + channel * s.c + y * s.y + x0 * s.x] : T(0);
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) masked_conv2d_kernel(MaskedConv a) {
       }
     }
     __syncthreads();  // without taps nothing else orders the writes of `pixel` before these reads
-#pragma unroll  // here and below: an index of acc known only at run time would put it into local memory
+#pragma unroll        // here and below: an index of acc known only at run time would put it into local memory
     for (int i = 0; i < 4; ++i) {
       const Pixel p = pixel[tile_row(i)];
       if (p.image < 0) continue;
@@ -201,8 +202,8 @@ Status gradient(const MaskedConvWeight& a, void* stream) {
   const int64_t rows = a.taps.count * a.c_in + 1;
   const dim3 grid(unsigned((rows + kTile - 1) / kTile), unsigned((a.c_out + kTile - 1) / kTile), unsigned(a.groups));
   if (const Status status = GMK_LAUNCH((masked_conv2d_products_kernel<T>), grid, kThreads, 0, stream, a)) return status;
-  return GMK_LAUNCH((masked_conv2d_sum_groups_kernel<T>), grid_for(a.c_out * (a.c_in + 1), kThreads), kThreads, 0, stream,
-                    a);
+  return GMK_LAUNCH((masked_conv2d_sum_groups_kernel<T>), grid_for(a.c_out * (a.c_in + 1), kThreads), kThreads, 0,
+                    stream, a);
 }
 
 }  // namespace

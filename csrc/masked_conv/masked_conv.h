@@ -18,10 +18,10 @@ constexpr int kMaxTaps = 512;
 enum ConvGate : int { kPlain = 0, kGate = 1, kGateGradient = 2 };
 
 struct Taps {
-  int kh, kw, dh, dw;         // kernel size, dilation
-  int sign;                   // 1, or -1: offsets negated
-  int count;                  // live taps
-  int16_t index[kMaxTaps];    // ky * kw + kx, such that dx ascends within a row
+  int kh, kw, dh, dw;       // kernel size, dilation
+  int sign;                 // 1, or -1: offsets negated
+  int count;                // live taps
+  int16_t index[kMaxTaps];  // ky * kw + kx, such that dx ascends within a row
 };
 GMK_HD int64_t tap_dy(const Taps& t, int i) { return int64_t(t.sign) * (t.index[i] / t.kw - t.kh / 2) * t.dh; }
 GMK_HD int64_t tap_dx(const Taps& t, int i) { return int64_t(t.sign) * (t.index[i] % t.kw - t.kw / 2) * t.dw; }
@@ -29,26 +29,26 @@ GMK_HD int64_t tap_dx(const Taps& t, int i) { return int64_t(t.sign) * (t.index[
 // Tensors are [b, c, h, w]; nhwc says that one is stored as [b, h, w, c].
 struct MaskedConv {
   void* out;
-  const void* x;              // c_in channels
-  const void* weight;         // element (o, i, t) at o * weight_out + i * weight_in + t
-  const void* bias;           // [c_out], or nullptr
-  const void* grad;           // kGateGradient: c_out / 2 channels
+  const void* x;       // c_in channels
+  const void* weight;  // element (o, i, t) at o * weight_out + i * weight_in + t
+  const void* bias;    // [c_out], or nullptr
+  const void* grad;    // kGateGradient: c_out / 2 channels
   int64_t b, c_in, c_out, h, w;
   int64_t weight_out, weight_in;
   bool x_nhwc, out_nhwc, grad_nhwc;
-  int gate;                   // ConvGate
-  int dtype;                  // kFloat32 or kFloat64, of every tensor
+  int gate;   // ConvGate
+  int dtype;  // kFloat32 or kFloat64, of every tensor
   Taps taps;
 };
 
 struct MaskedConvWeight {
-  void* weight;               // out: [c_out, c_in, kh, kw]
-  void* bias;                 // out: [c_out], or nullptr
-  void* workspace;            // CUDA: [groups, taps.count * c_in + 1, c_out]; the CPU allocates its own
-  const void* grad;           // c_out channels
-  const void* x;              // c_in channels
+  void* weight;      // out: [c_out, c_in, kh, kw]
+  void* bias;        // out: [c_out], or nullptr
+  void* workspace;   // CUDA: [groups, taps.count * c_in + 1, c_out]; the CPU allocates its own
+  const void* grad;  // c_out channels
+  const void* x;     // c_in channels
   int64_t b, c_in, c_out, h, w;
-  int64_t groups;             // CUDA: parts of the sum over pixels, added in order
+  int64_t groups;  // CUDA: parts of the sum over pixels, added in order
   bool grad_nhwc, x_nhwc;
   int dtype;
   Taps taps;

@@ -5,7 +5,8 @@
 
 #include "masked_conv/band.h"
 
-namespace gmk { namespace GMK_ISA_NS {
+namespace gmk {
+namespace GMK_ISA_NS {
 namespace {
 
 template <class T>
@@ -172,14 +173,22 @@ void one_panel(const MaskedConv& a, const Bands& s, const Band& band, const Pane
     to.grad_row = band.cols * words;
   }
   switch (panel.vectors) {
-    case 1: panel_pixels<T, 1>(s, band, scratch, weights, bias, a.gate, to); break;
-    case 2: panel_pixels<T, 2>(s, band, scratch, weights, bias, a.gate, to); break;
-    case 3: panel_pixels<T, kThree>(s, band, scratch, weights, bias, a.gate, to); break;
-    default: panel_pixels<T, kVectors>(s, band, scratch, weights, bias, a.gate, to);
+    case 1:
+      panel_pixels<T, 1>(s, band, scratch, weights, bias, a.gate, to);
+      break;
+    case 2:
+      panel_pixels<T, 2>(s, band, scratch, weights, bias, a.gate, to);
+      break;
+    case 3:
+      panel_pixels<T, kThree>(s, band, scratch, weights, bias, a.gate, to);
+      break;
+    default:
+      panel_pixels<T, kVectors>(s, band, scratch, weights, bias, a.gate, to);
   }
   if (a.out_nhwc) return;
   store_panel(s, band, buffer, width, out, channels, panel.channel, panel.count);
-  if (gradient) store_panel(s, band, buffer + panel.second, width, out, channels, a.c_out / 2 + panel.channel, panel.count);
+  if (gradient)
+    store_panel(s, band, buffer + panel.second, width, out, channels, a.c_out / 2 + panel.channel, panel.count);
 }
 
 template <class T>
@@ -191,8 +200,8 @@ Status run(const MaskedConv& a, int threads) {
   const int64_t pixels = most(96, least(1024, all / (4 * threads)));
   cut(s, a.taps, a.h, a.w, a.c_in, pixels, (512 << 10) / int64_t(sizeof(T)));
   const int64_t count = panels<T>(a), panel_size = k * kWidth<T>, jobs = a.b * s.per_image();
-  const int64_t buffers = (a.out_nhwc ? 0 : s.pixels() * kWidth<T>) +
-                          (a.gate == kGateGradient && !a.grad_nhwc ? s.pixels() * kWidth<T> : 0);
+  const int64_t buffers =
+      (a.out_nhwc ? 0 : s.pixels() * kWidth<T>)+(a.gate == kGateGradient && !a.grad_nhwc ? s.pixels() * kWidth<T> : 0);
   const int64_t own = (s.scratch() + 15) / 16 * 16 + (buffers + 15) / 16 * 16;
   const Scratch<T> weights(count * panel_size), bias(count * kWidth<T>), scratch(threads * own);
   if (!weights.ok() || !bias.ok() || !scratch.ok()) return kOutOfMemory;
@@ -209,7 +218,8 @@ Status run(const MaskedConv& a, int threads) {
       const Band band = band_of(s, job);
       pack_band(s, band, static_cast<const T*>(a.x), a.x_nhwc, mine);
       for (int64_t i = 0; i < count; ++i)
-        one_panel(a, s, band, panel_of<T>(a, i), mine, weights.get() + i * panel_size, bias.get() + i * kWidth<T>, buffer);
+        one_panel(a, s, band, panel_of<T>(a, i), mine, weights.get() + i * panel_size, bias.get() + i * kWidth<T>,
+                  buffer);
     }
   }
   return kOk;
@@ -225,4 +235,5 @@ Status forward(const MaskedConv& a, int threads) {
 extern const MaskedConvKernels masked_conv_kernels;
 const MaskedConvKernels masked_conv_kernels = {forward};
 
-}}  // namespace gmk::GMK_ISA_NS
+}  // namespace GMK_ISA_NS
+}  // namespace gmk

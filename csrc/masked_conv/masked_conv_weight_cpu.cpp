@@ -5,7 +5,8 @@
 
 #include "masked_conv/band.h"
 
-namespace gmk { namespace GMK_ISA_NS {
+namespace gmk {
+namespace GMK_ISA_NS {
 namespace {
 
 template <class T>
@@ -60,10 +61,17 @@ void one_group(const MaskedConvWeight& a, const Bands& s, int64_t first, int64_t
     pack_band(s, band, static_cast<const T*>(a.x), a.x_nhwc, scratch);
     load_panel(s, band, static_cast<const T*>(a.grad), a.grad_nhwc, a.c_out, channel, count, panel, width);
     switch (vectors) {
-      case 1: band_products<T, 1>(s, band, scratch, panel, partial, pitch); break;
-      case 2: band_products<T, 2>(s, band, scratch, panel, partial, pitch); break;
-      case 3: band_products<T, kThree>(s, band, scratch, panel, partial, pitch); break;
-      default: band_products<T, kVectors>(s, band, scratch, panel, partial, pitch);
+      case 1:
+        band_products<T, 1>(s, band, scratch, panel, partial, pitch);
+        break;
+      case 2:
+        band_products<T, 2>(s, band, scratch, panel, partial, pitch);
+        break;
+      case 3:
+        band_products<T, kThree>(s, band, scratch, panel, partial, pitch);
+        break;
+      default:
+        band_products<T, kVectors>(s, band, scratch, panel, partial, pitch);
     }
     for (int j = 0; j < vectors; ++j) {
       V<T> sum{};
@@ -129,4 +137,5 @@ Status backward_weight(const MaskedConvWeight& a, int threads) {
 extern const MaskedConvWeightKernels masked_conv_weight_kernels;
 const MaskedConvWeightKernels masked_conv_weight_kernels = {backward_weight};
 
-}}  // namespace gmk::GMK_ISA_NS
+}  // namespace GMK_ISA_NS
+}  // namespace gmk

@@ -2,7 +2,8 @@
 
 #include "core/philox_simd.h"
 
-namespace gmk { namespace GMK_ISA_NS {
+namespace gmk {
+namespace GMK_ISA_NS {
 namespace {
 
 template <class T>
@@ -64,10 +65,14 @@ Status fill(const PhiloxFill& a, int threads) {
 Status philox_fill(const PhiloxFill& a, int threads) {
   if (a.samples <= 0 || a.size <= 0) return kOk;
   switch (a.dtype) {
-    case kFloat32: return fill<float>(a, threads);
-    case kFloat64: return fill<double>(a, threads);
-    case kBFloat16: return fill<bf16>(a, threads);
-    case kFloat16: return fill<f16>(a, threads);
+    case kFloat32:
+      return fill<float>(a, threads);
+    case kFloat64:
+      return fill<double>(a, threads);
+    case kBFloat16:
+      return fill<bf16>(a, threads);
+    case kFloat16:
+      return fill<f16>(a, threads);
   }
   return "unknown dtype";
 }
@@ -77,4 +82,5 @@ Status philox_fill(const PhiloxFill& a, int threads) {
 extern const RandomKernels random_kernels;
 const RandomKernels random_kernels = {philox_fill};
 
-}}  // namespace gmk::GMK_ISA_NS
+}  // namespace GMK_ISA_NS
+}  // namespace gmk

@@ -1,3 +1,5 @@
+// clang-format off
+// (the tests find lines by their comments)
 // Kernels with one planted bug each (the line that says BUG), and the same kernels without it: what tests/test_simt.py shows
 // to the emulator. n is a multiple of 64 unless a kernel says otherwise; blocks have 64 threads.
 #include "bugs.h"

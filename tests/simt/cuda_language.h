@@ -1,3 +1,5 @@
+// clang-format off
+// (one line per CUDA name reads better)
 // CUDA C++ as plain C++: the keywords, built-in variables and functions that kernels use, for a compiler and a machine
 // that have no CUDA. What a CUDA header declares and this file lacks is a compile error: add it here.
 //

@@ -81,7 +81,7 @@ def _arguments(x, log_weights, means, precisions_cholesky, covariance_type, batc
 
 
 _forward = Kernel("gmm_log_prob")
-_backward = Kernel("gmm_log_prob_backward")
+_backward = Kernel("gmm_log_prob_backward", scratch=1)
 
 
 def _launch(out, *args):

@@ -21,7 +21,7 @@ from .._call import (
 )
 
 _forward = Kernel("masked_conv2d")
-_weight = Kernel("masked_conv2d_backward_weight")
+_weight = Kernel("masked_conv2d_backward_weight", scratch=1)
 _PLAIN, _GATE, _GATE_GRADIENT = 0, 1, 2  # csrc/masked_conv/masked_conv.h
 _MAX_TAPS = 512
 _ref = reference.masked_conv
