@@ -57,10 +57,10 @@ CANARIES = {
             x = torch.zeros(1 << 16)
             def backend(name, outs, ins, scalars):
                 addresses = [0 if t is None else t.data_ptr() for t in (*outs, *ins)]
-                addresses[0] = x.data_ptr() + 4
+                addresses[0] = x.data_ptr() + 4096
                 _C.diffusion_step_cpu(*addresses, *scalars, 2)
             Kernel.backend = backend
-            ops.diffusion_step(x[:-1], x[:-1].clone(), torch.ones(8))"""),
+            ops.diffusion_step(x[:-1024], x[:-1024].clone(), torch.ones(8))"""),
         "dynamic loop: a thread writes what its neighbour reads": ("data race", """
             x = torch.zeros(1, 4, 64, 64)
             def backend(name, outs, ins, scalars):
