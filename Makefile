@@ -6,6 +6,9 @@
 #   make test-deep   the slow tests too                             make sdist   and a wheel from it
 #   make doctor      what runs on this machine, and why             make lint    ruff, clang-format; `make format` mends
 #   make docs-check  tables and examples of the docs                make clean   all but .venv; `make distclean`: that too
+#   make sanitize-address   tests of the CPU code under ASan and UBSan; make sanitize-thread: under TSan
+#   make cuda-static STATIC_ARCHS=90  registers, spills, instructions of the CUDA kernels; make cuda-budget writes them anew
+#   make gpu-check  all that needs a GPU, in phases (PHASES="build tests"); make gpu-check-dry: without one, in CI
 #
 # PYTHON=python3.11 chooses the interpreter, CUDAARCHS="80;90" the GPU generations, GMKERNELS_CUDA=OFF a CPU-only build.
 
@@ -31,7 +34,8 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 # What the wheel is made of. Build outputs of `make dev` are not: they are no reason to build again.
 SOURCES := CMakeLists.txt $(wildcard cmake/*) pyproject.toml constraints.txt $(sort $(shell find csrc python bench \
   -name __pycache__ -prune -o -type f ! -name '*.so' ! -name '*.pyc' ! -path 'bench/results/*' -print))
-CPP := $(sort $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu))
+CPP := $(sort $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu \
+  tests/sanitize/*.cpp tests/gpu/*.cu))
 
 # One GPU generation is enough to work with: that of the GPU here, else Hopper. `make wheel` builds for all.
 LOCAL_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9]+\.[0-9]+$$' \
@@ -40,7 +44,8 @@ DEV_ARCHS := $(or $(CUDAARCHS),$(LOCAL_ARCHS),90)
 # A build for other settings is another build: the stamp carries them.
 WHEEL_STAMP := $(STAMPS)/wheel-$(subst ;,-,$(DEV_ARCHS))-$(or $(GMKERNELS_CUDA),AUTO)
 
-.PHONY: help bench test test-deep doctor dev wheel sdist lint format docs-check clean distclean
+SANITIZE := sanitize-address sanitize-thread
+.PHONY: $(SANITIZE) cuda-static cuda-budget gpu-check gpu-check-dry help bench test test-deep doctor dev wheel sdist lint format docs-check clean distclean
 
 help:
 	@sed -n 's/^#   make /make /p' Makefile
@@ -89,6 +94,26 @@ test: $(WHEEL_STAMP)
 test-deep: $(WHEEL_STAMP)
 	@echo "== tests, the slow ones too"
 	$(PY) -m pytest tests
+	$(MAKE) sanitize-address
+	$(MAKE) sanitize-thread
+	$(MAKE) cuda-static
+
+# All generations and the disassembly; STATIC_ARCHS=90 is the quick form, without it.
+cuda-static: $(STAMPS)/env
+	@$(PY) tests/cuda_static/check.py $(if $(STATIC_ARCHS),--archs $(STATIC_ARCHS) --no-sass)
+
+cuda-budget: $(STAMPS)/env
+	@$(PY) tests/cuda_static/check.py --write
+
+# With the machine's own Python: it has a torch that fits its driver. The dry run takes .venv's.
+gpu-check:
+	@$(PYTHON) tests/gpu/check.py $(if $(OUT),--out "$(OUT)") $(PHASES)
+
+gpu-check-dry: $(STAMPS)/env
+	@$(PY) tests/gpu/check.py --dry $(PHASES)
+
+$(SANITIZE): sanitize-%: $(STAMPS)/env
+	@$(PY) tests/sanitize/run.py $*
 
 docs-check: $(WHEEL_STAMP)
 	@echo "== docs: generated tables, runnable examples"

@@ -33,6 +33,7 @@ typedef double vdouble __attribute__((vector_size(GMK_VECTOR_BYTES)));
 typedef int32_t vint __attribute__((vector_size(GMK_VECTOR_BYTES)));
 typedef uint32_t vuint __attribute__((vector_size(GMK_VECTOR_BYTES)));
 typedef int64_t vlong __attribute__((vector_size(GMK_VECTOR_BYTES)));
+typedef uint64_t vulong __attribute__((vector_size(GMK_VECTOR_BYTES)));
 typedef uint16_t vhalf __attribute__((vector_size(GMK_VECTOR_BYTES / 2)));
 
 // simd<T>::v is a word of simd<T>::n lanes; simd<T>::i the integers of the same size (comparisons give all ones or zero).
@@ -239,7 +240,7 @@ GMK_INLINE vfloat vexp_nonpositive(vfloat x) {
   p = madd(p * f, f, f) + splat(1.0f);
   // NaN survives: its z is NaN, and adding to the exponent field of a NaN with a full mantissa leaves it a NaN only by
   // luck, so multiply instead of adding.
-  const vfloat r = p * (vfloat)(((vint)z - 0x4B400000 + 127) << 23);
+  const vfloat r = p * (vfloat)(((vuint)z - 0x4B400000u + 127u) << 23);  // wraps where `under`
   return (vfloat)((vint)r & ~under);
 }
 GMK_INLINE vdouble vexp_nonpositive(vdouble x) { return vexp(x); }
@@ -248,7 +249,7 @@ GMK_INLINE vdouble vexp_nonpositive(vdouble x) { return vexp(x); }
 GMK_INLINE vfloat vlog(vfloat x) {
   const vint tiny = x < splat(1.17549435e-38f);
   const vfloat y = select(tiny, x * splat(8388608.0f), x);
-  const vint t = (vint)y - 0x3F3504F3, e = t >> 23;
+  const vint t = (vint)((vuint)y - 0x3F3504F3u), e = t >> 23;  // unsigned: wraps for -0
   const vfloat f = (vfloat)((t & 0x7FFFFF) + 0x3F3504F3) - splat(1.0f), z = f * f;
   const vfloat k = __builtin_convertvector(e - (tiny & 23), vfloat);
   vfloat p = splat(7.0376836292e-2f);
@@ -271,7 +272,7 @@ GMK_INLINE vfloat vlog(vfloat x) {
 GMK_INLINE vdouble vlog(vdouble x) {
   const vlong tiny = x < splat(2.2250738585072014e-308);
   const vdouble y = select(tiny, x * splat(4503599627370496.0), x);
-  const vlong t = (vlong)y - 0x3FE6A09E667F3BCD, e = t >> 52;
+  const vlong t = (vlong)((vulong)y - 0x3FE6A09E667F3BCDu), e = t >> 52;
   const vdouble f = (vdouble)((t & 0xFFFFFFFFFFFFF) + 0x3FE6A09E667F3BCD) - splat(1.0);
   const vdouble k = __builtin_convertvector(e - (tiny & 52), vdouble);
   const vdouble s = f / (splat(2.0) + f), z = s * s, half = splat(0.5) * f * f;
@@ -362,9 +363,13 @@ GMK_INLINE void store_float_some(T* p, vfloat x, int64_t count) {
 
 // OpenMP team for `work` (elements, or anything that costs about a nanosecond each): one thread where waking another
 // costs more than it saves. Results never depend on it.
+#ifdef GMK_ALWAYS_THREADS  // the TSan build: small tests must show races too
+GMK_INLINE int team(int64_t, int threads, int64_t = 0) { return threads < 2 ? 1 : threads; }
+#else
 GMK_INLINE int team(int64_t work, int threads, int64_t grain = 32768) {
   return work < grain || threads < 2 ? 1 : threads;
 }
+#endif
 
 }  // namespace
 }  // namespace GMK_ISA_NS

@@ -13,6 +13,7 @@ namespace {
 constexpr int kRows = 64;                 // rows (and threads) of a block
 constexpr int kColumns = 8;               // columns of P at a time
 constexpr int64_t kTileBytes = 24 << 10;  // shared memory for x; the same again for grad_x
+constexpr int kBlocks = 8;  // of a multiprocessor, at least: without it ptxas spills to stay at 64 registers
 
 GMK_DEV float gmm_exp(float x) { return expf(x); }
 GMK_DEV double gmm_exp(double x) { return exp(x); }
@@ -111,7 +112,7 @@ GMK_DEV Row<T> load_rows(T* tile, bool shared, const T* x, int64_t first, int64_
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRows) gmm_log_prob_kernel(GmmLogProb a, int shared) {
+__global__ void __launch_bounds__(kRows, kBlocks) gmm_log_prob_kernel(GmmLogProb a, int shared) {
   GMK_DYN_SHARED(bytes);
   GMK_SHARED(constants, T[kRows]);
   T* const tile = reinterpret_cast<T*>(bytes);
@@ -181,7 +182,7 @@ GMK_DEV void subtract_pull(T* grad_x, int64_t step, Row<T> x, const Parameters<T
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRows) gmm_grad_x_kernel(GmmLogProbBackward a, int shared) {
+__global__ void __launch_bounds__(kRows, kBlocks) gmm_grad_x_kernel(GmmLogProbBackward a, int shared) {
   GMK_DYN_SHARED(bytes);
   GMK_SHARED(constants, T[kRows]);
   T* const tile = reinterpret_cast<T*>(bytes);
@@ -222,7 +223,8 @@ GMK_HD int64_t statistics(const GmmInputs& in) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kRows) gmm_statistics_kernel(GmmLogProbBackward a, int shared, int64_t slabs) {
+__global__ void __launch_bounds__(kRows, kBlocks)
+    gmm_statistics_kernel(GmmLogProbBackward a, int shared, int64_t slabs) {
   GMK_DYN_SHARED(bytes);
   GMK_SHARED(weights, T[kRows]);
   T* const tile = reinterpret_cast<T*>(bytes);

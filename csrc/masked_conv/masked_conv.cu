@@ -96,10 +96,12 @@ __global__ void __launch_bounds__(kThreads) masked_conv2d_kernel(MaskedConv a) {
       }
     }
     __syncthreads();  // without taps nothing else orders the writes of `pixel` before these reads
+#pragma unroll        // here and below: an index of acc known only at run time would put it into local memory
     for (int i = 0; i < 4; ++i) {
       const Pixel p = pixel[tile_row(i)];
       if (p.image < 0) continue;
       const int64_t at = p.image * so.b + p.y * so.y + p.x * so.x;
+#pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int64_t channel = channel_of(a, tile, tile_column(j));
         if (channel < 0) continue;

@@ -86,7 +86,7 @@ template <class T>
 Status run(const MaskedConvWeight& a, int threads) {
   T* const weight = static_cast<T*>(a.weight);
   const int64_t kernel = int64_t(a.taps.kh) * a.taps.kw, rows = a.taps.count * a.c_in;
-  memset(weight, 0, size_t(a.c_out * a.c_in * kernel) * sizeof(T));  // dead taps stay so
+  if (a.c_in > 0) memset(weight, 0, size_t(a.c_out * a.c_in * kernel) * sizeof(T));  // dead taps stay so
   if (a.bias) memset(a.bias, 0, size_t(a.c_out) * sizeof(T));
   if (a.b <= 0 || a.h <= 0 || a.w <= 0) return kOk;
   const int64_t all = a.b * a.h * a.w, pitch = ceil_div(a.c_out, kWidth<T>) * kWidth<T>, panels = pitch / kWidth<T>;

@@ -137,7 +137,7 @@ GMK_BUG_KERNEL(other_threads_local) {
   __syncthreads();
 }
 
-__attribute__((noinline)) float deep(const float* x, int depth) {
+__device__ __attribute__((noinline)) float deep(const float* x, int depth) {
   volatile float pad[64];
   pad[depth & 63] = *x;
   return depth ? deep(x, depth - 1) + pad[depth & 63] : 0.0f;
