@@ -10,7 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from simt import backend
+
 
 from .build import CSRC, ROOT, Builder, Compiled, sources
 from .operators import mutants
@@ -211,4 +211,4 @@ def _verdict(builder, path, text, original, tests):
     return {"verdict": "survived"}
 
 
-__all__ = ["all_mutants", "backend", "run"]
+

@@ -1,0 +1,90 @@
+"""python -m mutation: plant, build, test, summarise. `make mutants`."""
+
+import argparse
+import json
+import sys
+from collections import Counter, defaultdict
+
+from . import survivors
+from .build import ROOT, sources
+from .run import FOLDER, all_mutants, run
+
+LEAST = 0.95  # of the mutants that behave differently
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="mutation", description=__doc__)
+    p.add_argument("--family", default="", help="a folder or a file of csrc/: random, gmm.cu")
+    p.add_argument("--operator", default="", help="barrier, bound, narrow, ...")
+    p.add_argument("--name", action="append", default=[], help="a mutant; may be repeated")
+    p.add_argument("--sample", type=int, default=0, help="so many, drawn at random; 0: all")
+    p.add_argument("--seed", type=int, default=0, help="of the sample")
+    p.add_argument("--jobs", type=int, default=2)
+    p.add_argument("--again", action="store_true", help="also what earlier runs have found out")
+    p.add_argument("--list", action="store_true", help="only name them")
+    p.add_argument("--results", default=str(FOLDER / "results.json"))
+    a = p.parse_args(argv)
+    if a.list:
+        for _, m in all_mutants(a.family):
+            if a.operator in ("", m.operator):
+                print(f"{m.name}  line {m.line}: {m.what}")
+        return 0
+    rows = run(a.family, a.sample, a.seed, a.jobs, a.operator, a.name, a.again, lambda t: print(t, flush=True))
+    with open(a.results, "w") as f:
+        json.dump(rows, f, indent=1)
+    return judge(rows, survivors.load(), complete=not (a.sample or a.operator or a.name))
+
+
+def judge(rows, listed, complete=False, say=print):
+    """Prints the summary; 0 if every survivor is explained and enough of the others are killed."""
+    counts = table(rows, listed)
+    say(summary(counts))
+    unexplained = [r for r in rows if r["verdict"] == "survived" and r["name"] not in listed]
+    for r in unexplained:
+        say(f"SURVIVED {r['name']}  line {r['line']}: {r['what']}")
+    verdicts = {r["name"]: r["verdict"] for r in rows}
+    for name in sorted(listed):
+        if verdicts.get(name, "survived") not in ("survived", "same code"):
+            say(f"note: {name} is listed as a survivor, but is killed now ({verdicts[name]})")
+    if complete:
+        for name in sorted(survivors.stale(listed, {m.name for p in sources() for _, m in all_mutants(p.name)})):
+            say(f"note: {name} is listed as a survivor, but there is no such mutant any more")
+    killed, alive, rate = counts["all"]["killed"], len(unexplained), rate_of(counts["all"])
+    say(f"{killed} killed of {killed + counts['all']['survived']} that behave differently: {rate:.1%}")
+    return int(bool(alive) or rate < LEAST)
+
+
+def table(rows, listed):
+    """{group: counts of killed, survived, equivalent (listed as such), same code, invalid}, and of what killed them."""
+    counts = defaultdict(Counter)
+    for r in rows:
+        v = r["verdict"]
+        what = {"survived": "survived", "same code": "same code", "invalid": "invalid"}.get(v, "killed")
+        if what == "survived" and listed.get(r["name"], {}).get("kind") == "equivalent":
+            what = "equivalent"
+        for group in ("all", "source " + r["file"], "operator " + r["operator"]):
+            counts[group][what] += 1
+        if what == "killed":
+            counts["killed by " + v.split(" ")[0]]["killed"] += 1
+    return counts
+
+
+def rate_of(counts):
+    different = counts["killed"] + counts["survived"]
+    return counts["killed"] / different if different else 1.0
+
+
+def summary(counts):
+    """A Markdown table."""
+    columns = ("killed", "survived", "equivalent", "same code", "invalid")
+    lines = ["| | " + " | ".join(columns) + " | kill rate |", "|---" * (len(columns) + 2) + "|"]
+    for group in ["all", *sorted(g for g in counts if g.startswith(("source ", "operator ")))]:
+        c = counts[group]
+        lines.append(f"| {group} | " + " | ".join(str(c[k]) for k in columns) + f" | {rate_of(c):.1%} |")
+    by = ", ".join(f"{g.removeprefix('killed by ')} {c['killed']}" for g, c in sorted(counts.items()) if g.startswith("killed"))
+    return "\n".join([*lines, "", f"Killed by: {by}."])
+
+
+__all__ = ["ROOT", "judge", "main"]
+if __name__ == "__main__":
+    sys.exit(main())
