@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import _C, __version__
+from ..cli.machine import cpu_model
 
 RIVALS = ("numpy", "scikit-learn", "scipy", "diffusers")
 
@@ -66,20 +67,6 @@ def describe(env):
         f"rivals {rivals}",
     ]
     return lines
-
-
-def cpu_model():
-    try:
-        info = dict(
-            (key.strip(), value.strip())
-            for key, _, value in (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-        )
-    except OSError:
-        info = {}
-    name = info.get("model name") or info.get("Model") or platform.processor() or platform.machine()
-    if "model" in info and not re.search(r"\d", name):  # a hypervisor's anonymous Xeon: say at least which model
-        name += f" (family {info.get('cpu family')}, model {info['model']})"
-    return name
 
 
 def commit():

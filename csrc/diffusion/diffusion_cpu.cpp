@@ -68,9 +68,11 @@ struct Body {
 
   GMK_HD_MEMBER static V hide(V x, I use) { return kMasked ? (V)((I)x & use) : x; }
 
-  // All loads of an element come before its stores: out and x0 may be any of the inputs.
+  struct Result {
+    V out, x0;
+  };
   template <class... Count>
-  GMK_HD_MEMBER void operator()(int64_t i, Count... count) const {
+  GMK_HD_MEMBER Result compute(int64_t i, Count... count) const {
     const V x = get(g.x + i, count...);
     V m = get(g.m + i, count...);
     if (kGuided) {
@@ -82,18 +84,33 @@ struct Body {
     if (kHistory)
       for (int h = 0; h < g.history; ++h) out = madd(splat(g.ch[h]), get(g.h[h] + i, count...), out);
     if (kNoise) out = madd(s, get(g.z + i, count...), out);
-    put(g.out + i, out, count...);
-    if (kX0) put(g.x0 + i, x0, count...);
+    return {out, x0};
+  }
+  template <class... Count>
+  GMK_HD_MEMBER void write(const Result& r, int64_t i, Count... count) const {
+    put(g.out + i, r.out, count...);
+    if (kX0) put(g.x0 + i, r.x0, count...);
   }
 };
 
+// An element is read before it is written, so out and x0 may be any of the inputs. Four words are read before the first
+// is written: malloc likes to put the output 64 bytes (modulo 4096) behind an input, where every load would wait for the
+// store before it.
 template <class T, bool kMasked, bool kGuided, bool kHistory, bool kNoise, bool kX0>
 void run_segment(const Segment<T>& g, int64_t n) {
   constexpr int64_t lanes = simd<typename Arithmetic<T>::real>::n;
-  const Body<T, kMasked, kGuided, kHistory, kNoise, kX0> body(g);
+  using B = Body<T, kMasked, kGuided, kHistory, kNoise, kX0>;
+  const B body(g);
   int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) body(i);
-  if (i < n) body(i, n - i);
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
+    typename B::Result r[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) r[j] = body.compute(i + j * lanes);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) body.write(r[j], i + j * lanes);
+  }
+  for (; i + lanes <= n; i += lanes) body.write(body.compute(i), i);
+  if (i < n) body.write(body.compute(i, n - i), i, n - i);
 }
 template <class T>
 using Runner = void (*)(const Segment<T>&, int64_t);

@@ -1,5 +1,70 @@
+#include "core/dispatch.h"
 #include "core/tensor_args.h"
+#include "gmm/gmm.h"
 
 namespace gmk {
-void bind_gmm(py::module_&) {}
+
+GMK_ISA_TABLES(GmmKernels, gmm_kernels)
+
+static int64_t matrix_numbers(int64_t k, int64_t d, int covariance) {
+  return covariance == kFull ? k * d * d : covariance == kTied ? d * d : covariance == kDiag ? k * d : k;
+}
+
+static GmmInputs gmm_inputs(Address x, Address log_weights, Address means, Address precisions, py::tuple strides,
+                            int64_t b, int64_t n, int64_t k, int64_t d, int dtype, int covariance) {
+  GmmInputs in{};
+  in.x = pointer(x, b * n * d, "x");
+  in.log_weights = pointer(log_weights, b * k, "log_weights");
+  in.means = pointer(means, b * k * d, "means");
+  in.precisions = pointer(precisions, b * matrix_numbers(k, d, covariance), "precisions_cholesky");
+  in.x_stride = strides[0].cast<int64_t>();
+  in.weights_stride = strides[1].cast<int64_t>();
+  in.means_stride = strides[2].cast<int64_t>();
+  in.precisions_stride = strides[3].cast<int64_t>();
+  in.b = b;
+  in.n = n;
+  in.k = k;
+  in.d = d;
+  in.dtype = dtype;
+  in.covariance = covariance;
+  return in;
+}
+
+static GmmLogProb gmm_log_prob(Address out, Address x, Address log_weights, Address means, Address precisions,
+                               py::tuple strides, int64_t b, int64_t n, int64_t k, int64_t d, int dtype,
+                               int covariance) {
+  GmmLogProb a{};
+  a.out = pointer(out, b * n, "out");
+  a.in = gmm_inputs(x, log_weights, means, precisions, strides, b, n, k, d, dtype, covariance);
+  return a;
+}
+
+static GmmLogProbBackward gmm_log_prob_backward(Address grad_x, Address grad_log_weights, Address grad_means,
+                                                Address grad_precisions, Address scratch, Address grad,
+                                                Address log_prob, Address x, Address log_weights, Address means,
+                                                Address precisions, int64_t scratch_bytes, py::tuple strides, int64_t b,
+                                                int64_t n, int64_t k, int64_t d, int dtype, int covariance,
+                                                bool need_x, bool need_parameters) {
+  GmmLogProbBackward a{};
+  a.need_x = need_x;
+  a.need_parameters = need_parameters;
+  a.grad_x = pointer(grad_x, need_x ? b * n * d : 0, "grad_x");
+  a.grad_log_weights = pointer(grad_log_weights, need_parameters ? b * k : 0, "grad_log_weights");
+  a.grad_means = pointer(grad_means, need_parameters ? b * k * d : 0, "grad_means");
+  const int64_t matrices = need_parameters ? b * matrix_numbers(k, d, covariance) : 0;
+  a.grad_precisions = pointer(grad_precisions, matrices, "grad_precisions");
+  a.scratch = pointer(scratch, scratch_bytes, "scratch");
+  a.scratch_bytes = scratch_bytes;
+  a.grad = pointer(grad, b * n, "grad");
+  a.log_prob = pointer(log_prob, b * n, "log_prob");
+  a.in = gmm_inputs(x, log_weights, means, precisions, strides, b, n, k, d, dtype, covariance);
+  return a;
+}
+
+void bind_gmm(py::module_& m) {
+  bind_op(m, "gmm_log_prob", gmm_log_prob, GMK_CPU(gmm_kernels().log_prob), GMK_CUDA(gmm_log_prob_cuda));
+  bind_op(m, "gmm_log_prob_backward", gmm_log_prob_backward, GMK_CPU(gmm_kernels().log_prob_backward),
+          GMK_CUDA(gmm_log_prob_backward_cuda));
+}
+
 }  // namespace gmk

@@ -15,6 +15,7 @@ import torch
 
 from .. import _C, __version__, _call
 from . import selftest
+from .machine import cpu_model
 
 RIVALS = ("numpy", "scikit-learn", "scipy", "diffusers", "safetensors", "rich")
 
@@ -56,19 +57,11 @@ def _software():
 
 def _cpu():
     return {
-        "model": _cpu_model(),
+        "model": cpu_model(),
         "isa": _C.isa(),
         "available": list(_C.isas()),
         "GMKERNELS_ISA": os.environ.get("GMKERNELS_ISA"),
     }
-
-
-def _cpu_model():
-    try:
-        found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _threads():

@@ -7,7 +7,17 @@ import torch.nn.functional as F
 
 from .. import reference
 from .._call import (
-    DTYPE_CODE, HALVES, Kernel, Op, _copy_into, check_floating, check_int, check_same_dtype, check_tensor,
+    DTYPE_CODE,
+    HALVES,
+    Kernel,
+    Op,
+    _copy_into,
+    _is_any_autocast_enabled,
+    check_floating,
+    check_int,
+    check_same_dtype,
+    check_tensor,
+    is_compiling,
 )
 
 _forward = Kernel("masked_conv2d")
@@ -48,7 +58,8 @@ def _check(x, weight, bias, taps, gated):
         raise ValueError(f"weight must be [c_out, c_in, kh, kw], got {tuple(weight.shape)}")
     c_out, c_in, kh, kw = weight.shape
     if c_in != x.shape[1]:
-        raise ValueError(f"weight must be [c_out, c_in, kh, kw] with c_in={x.shape[1]} as in x, got {tuple(weight.shape)}")
+        expected = f"[c_out, c_in, kh, kw] with c_in={x.shape[1]} as in x"
+        raise ValueError(f"weight must be {expected}, got {tuple(weight.shape)}")
     if kh % 2 == 0 or kw % 2 == 0:
         raise ValueError(f"weight must have odd kernel sizes (an even kernel has no centre), got {kh} x {kw}")
     if bias is not None and tuple(bias.shape) != (c_out,):
@@ -64,7 +75,7 @@ def _check(x, weight, bias, taps, gated):
 
 
 def _reaching(taps, kh, kw, dilation, h, w):
-    """Taps that reach any pixel of the image: the others add zeros only, and scratch must not grow with the dilation."""
+    """Taps that reach any pixel of the image: the others add zeros, and scratch must not grow with the dilation."""
     return [t for t in taps if abs(t // kw - kh // 2) * dilation[0] < h and abs(t % kw - kw // 2) * dilation[1] < w]
 
 
@@ -244,13 +255,28 @@ def _halves(x, weight, bias, mask_type, dilation, gated):
     return _ref.tanh_sigmoid(z) if gated else z
 
 
+def _pointwise(x, weight, bias):
+    """A 1x1 convolution by torch, or None where it is none or torch refuses: then the checks below find the words.
+
+    Checked first, it would cost 2 % of the convolution: Python is slow where that has just emptied the caches.
+    """
+    if not (isinstance(weight, torch.Tensor) and weight.shape[2:] == (1, 1) and isinstance(x, torch.Tensor)):
+        return None
+    if x.dim() != 4 or not x.is_floating_point() or not x.numel() or _is_any_autocast_enabled():
+        return None
+    try:
+        return torch.conv2d(x, weight, bias)
+    except (RuntimeError, TypeError):
+        return None
+
+
 def masked_conv2d(x, weight, bias=None, mask_type="B", *, gate=None, dilation=1, out=None):
     r"""Convolution in which an output pixel sees only pixels before it in raster order ("same" padding, stride 1).
 
-    ``z[b, o, p] = bias[o] + sum_{t, i} weight[o, i, t] x[b, i, p + offset(t)]`` over the live taps ``t``: the rows above
-    the centre and, in the centre's row, those left of it; ``mask_type="B"`` adds the centre itself. Pixels outside the
-    image are zero. Other taps are skipped: their values, NaN included, are never read, their gradients are exactly zero,
-    and ``weight`` is never changed. With ``gate="tanh_sigmoid"`` the output is
+    ``z[b, o, p] = bias[o] + sum_{t, i} weight[o, i, t] x[b, i, p + offset(t)]`` over the live taps ``t``: the rows
+    above the centre and, in its row, those left of it; ``mask_type="B"`` adds the centre itself. Pixels outside
+    the image are zero. Other taps are skipped: their values, NaN included, are never read, their gradients are exactly
+    zero, and ``weight`` is never changed. With ``gate="tanh_sigmoid"`` the output is
     ``tanh(z[:, :c_out / 2]) * sigmoid(z[:, c_out / 2:])``, computed before ``z`` leaves the registers.
 
     Args:
@@ -276,6 +302,10 @@ def masked_conv2d(x, weight, bias=None, mask_type="B", *, gate=None, dilation=1,
 
     >>> y = masked_conv2d(torch.randn(1, 3, 8, 8), torch.randn(16, 3, 7, 7), mask_type="A", gate="tanh_sigmoid")
     """
+    if not is_compiling() and mask_type == "B" and gate is None and out is None and dilation == 1:
+        result = _pointwise(x, weight, bias)
+        if result is not None:
+            return result
     check_tensor("x", x)
     check_tensor("weight", weight)
     if bias is not None:
@@ -292,8 +322,8 @@ def masked_conv2d(x, weight, bias=None, mask_type="B", *, gate=None, dilation=1,
         dilation = [check_int("dilation", dilation, 1, 2**31)] * 2
     gated = gate is not None
     taps = _ref.raster_taps(*weight.shape[2:], mask_type) if weight.dim() == 4 else []
-    half = x.dtype in HALVES
-    if (half or (len(taps) == 1 and weight.shape[2:] == (1, 1) and not gated)) and taps and x.numel() and weight.numel():
+    half, pointwise = x.dtype in HALVES, weight.shape[2:] == (1, 1) and not gated
+    if (half or pointwise) and taps and x.numel() and weight.numel():
         _check(x, weight, bias, taps, gated)
         with _no_autocast(x):
             result = _halves(x, weight, bias, mask_type, dilation, gated) if half else F.conv2d(x, weight, bias)

@@ -50,7 +50,7 @@ _op = Op(
 
 
 def _fast(normal, shape, seed, step, stream, device, dtype, out):
-    """An ordinary call on the CPU, at a third of the general route's cost; None where anything is out of the ordinary."""
+    """An ordinary call on the CPU, at a third of the general cost; None where anything is out of the ordinary."""
     dtype = dtype or _DEFAULT
     if (device is not None or type(seed) is not int or type(step) is not int or type(stream) is not int
             or not (0 <= step < 2**32 and 0 <= stream < 2**32 and -(2**63) <= seed < 2**64)

@@ -1,0 +1,90 @@
+"""Gaussian mixtures in plain torch: every row meets every component, [..., n, k, d] numbers in memory."""
+
+import math
+
+import torch
+
+COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
+
+
+def _scaled_residuals(x, means, precisions_cholesky, covariance_type):
+    """y = (x - mean) P [..., n, k, d], and the diagonals of the P [..., k, d]."""
+    t = x[..., :, None, :] - means[..., None, :, :]
+    p, d = precisions_cholesky, x.shape[-1]
+    if covariance_type == "full":
+        return torch.einsum("...nkd,...kde->...nke", t, p.triu()), p.diagonal(dim1=-2, dim2=-1)
+    if covariance_type == "tied":
+        return torch.einsum("...nkd,...de->...nke", t, p.triu()), p.diagonal(dim1=-2, dim2=-1)[..., None, :]
+    scales = p if covariance_type == "diag" else p[..., None].expand(*p.shape, d)
+    return t * scales[..., None, :, :], scales
+
+
+def gmm_component_log_prob(x, log_weights, means, precisions_cholesky, covariance_type="full"):
+    """log w_k + log N(x_i; mu_k, Sigma_k): [..., n, k]; -inf, without gradients, where a component has no weight."""
+    y, diagonals = _scaled_residuals(x, means, precisions_cholesky, covariance_type)
+    dead = ((log_weights == -math.inf) | (diagonals == 0).any(-1))[..., None, :]
+    log_det = torch.where(diagonals == 0, 1.0, diagonals).abs().log().sum(-1)
+    normal = log_weights + log_det - 0.5 * x.shape[-1] * math.log(2 * math.pi)
+    square = torch.where(dead[..., None], 0.0, y).square().sum(-1)
+    return torch.where(dead, -math.inf, normal[..., None, :] - 0.5 * square)
+
+
+def _without_infinities(x):
+    """x with its rows that hold an infinity and no NaN set to zero, and which rows those are [..., n]."""
+    infinite = x.isinf().any(-1) & ~x.isnan().any(-1)
+    return torch.where(infinite[..., None], 0.0, x), infinite
+
+
+def gmm_log_prob(x, log_weights, means, precisions_cholesky, covariance_type="full"):
+    """log p(x_i): [..., n]. See :func:`gmkernels.ops.gmm_log_prob`."""
+    x, infinite = _without_infinities(x)
+    lp = gmm_component_log_prob(x, log_weights, means, precisions_cholesky, covariance_type)
+    if lp.shape[-1] == 0:
+        return lp.sum(-1) - math.inf
+    top = lp.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(lp.dtype).min)
+    total = (lp - top).exp().sum(-1)
+    empty = (total == 0) | infinite  # torch.logsumexp has NaN gradients there
+    return torch.where(empty, -math.inf, top[..., 0] + torch.where(empty, 1.0, total).log())
+
+
+def gmm_log_prob_backward(
+    grad, log_prob, x, log_weights, means, precisions_cholesky, covariance_type, need_x=True, need_parameters=True
+):
+    """Gradients for x, log_weights, means and precisions_cholesky, each over the whole broadcast batch.
+
+    `log_prob` is not read: the responsibilities are a softmax of what is recomputed here, so that differentiating this
+    function once more is right without a gradient for `log_prob`.
+    """
+    batch = grad.shape[:-1]
+    x, infinite = _without_infinities(x)
+    args = [x, log_weights, means, precisions_cholesky]
+    trailing = [2, 1, 2, {"full": 3, "tied": 2, "diag": 2, "spherical": 1}[covariance_type]]
+    x, log_weights, means, p = (t.expand(*batch, *t.shape[t.dim() - m :]) for t, m in zip(args, trailing, strict=True))
+    nothing = grad.new_empty(0)
+    lp = gmm_component_log_prob(x, log_weights, means, p, covariance_type)
+    dead = lp.isneginf()
+    empty = dead.all(-1, keepdim=True) | infinite[..., None]
+    r = torch.where(dead | empty, 0.0, torch.softmax(torch.where(empty, 0.0, lp), -1))
+    w = r * torch.where(infinite, 0.0, grad)[..., None]
+    y, diagonals = _scaled_residuals(x, means, p, covariance_type)
+    wy = torch.where((dead | empty)[..., None], 0.0, w[..., None] * y)
+    if covariance_type in ("full", "tied"):
+        upper = (p if covariance_type == "full" else p[..., None, :, :]).triu()
+        pull = (wy[..., None, :] @ upper.mT[..., None, :, :, :])[..., 0, :]  # P w y
+    else:
+        pull = wy * diagonals[..., None, :, :]
+    grad_x = -pull.sum(-2) if need_x else nothing
+    if not need_parameters:
+        return grad_x, nothing, nothing, nothing
+    mass = w.sum(-2)
+    alive = mass != 0
+    inverse = torch.where(alive[..., None], mass[..., None] / torch.where(alive[..., None], diagonals, 1.0), 0.0)
+    t = x[..., :, None, :] - means[..., None, :, :]
+    if covariance_type == "full":
+        grad_p = torch.diag_embed(inverse) - torch.einsum("...nka,...nkb->...kab", t, wy).triu()
+    elif covariance_type == "tied":
+        grad_p = torch.diag_embed(inverse.sum(-2)) - torch.einsum("...nka,...nkb->...ab", t, wy).triu()
+    else:
+        grad_p = inverse - (t * wy).sum(-3)
+        grad_p = grad_p if covariance_type == "diag" else grad_p.sum(-1)
+    return grad_x, mass, pull.sum(-3), grad_p
