@@ -109,8 +109,8 @@ def _scopes(tokens, match):
             i = match[i]
         elif text == "{":
             head = [t.text for t in tokens[start:i]]
-            name = _named(tokens, match, start, i)
-            if name and "(" in head:  # a function: all of it, from the head on
+            name, is_type = _named(tokens, match, start, i)
+            if name and not is_type:  # a function: all of it, from the head on
                 scope[start : match[i] + 1] = [name] * (match[i] + 1 - start)
                 i = match[i]
                 start = i + 1
@@ -134,7 +134,7 @@ def _scopes(tokens, match):
 
 
 def _named(tokens, match, start, end):
-    """The name of the function or type whose `{` is at `end`."""
+    """The name of the function or type whose `{` is at `end`, and whether it is a type."""
     k = start
     while k < end:
         text = tokens[k].text
@@ -145,18 +145,18 @@ def _named(tokens, match, start, end):
             k += 2 if tokens[k + 1].text == "class" else 1
             while tokens[k].text in _NO_FUNCTION:  # struct alignas(16) Pack
                 k = match[k + 1] + 1
-            return tokens[k].text if tokens[k].kind == "name" else "-"
+            return tokens[k].text if tokens[k].kind == "name" else "-", True
         if text == "=":
-            return None
+            return None, False
         if text == "(":
             name = tokens[k - 1].text
             if name not in _NO_FUNCTION and tokens[k - 1].kind == "name":
-                return name
+                return name, False
             if "operator" in [t.text for t in tokens[start:k]]:
-                return "operator"
+                return "operator", False
             k = match[k]
         k += 1
-    return None
+    return None, False
 
 
 def _after_angles(tokens, k):
