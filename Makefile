@@ -5,6 +5,7 @@
 #   make test        environment, wheel, the tests                  make wheel   release wheel, all GPU generations
 #   make test-deep   the slow tests too                             make sdist   and a wheel from it
 #   make doctor      what runs on this machine, and why             make lint    ruff, clang-format; `make format` mends
+#   make mutants     plant small bugs everywhere in the CUDA sources: do the tests notice? FAMILY= SAMPLE= SEED= JOBS=
 #   make docs-check  tables and examples of the docs                make clean   all but .venv; `make distclean`: that too
 #
 # PYTHON=python3.11 chooses the interpreter, CUDAARCHS="80;90" the GPU generations, GMKERNELS_CUDA=OFF a CPU-only build.
@@ -40,7 +41,7 @@ DEV_ARCHS := $(or $(CUDAARCHS),$(LOCAL_ARCHS),90)
 # A build for other settings is another build: the stamp carries them.
 WHEEL_STAMP := $(STAMPS)/wheel-$(subst ;,-,$(DEV_ARCHS))-$(or $(GMKERNELS_CUDA),AUTO)
 
-.PHONY: help bench test test-deep doctor dev wheel sdist lint format docs-check clean distclean
+.PHONY: help bench test test-deep mutants doctor dev wheel sdist lint format docs-check clean distclean
 
 help:
 	@sed -n 's/^#   make /make /p' Makefile
@@ -89,6 +90,9 @@ test: $(WHEEL_STAMP)
 test-deep: $(WHEEL_STAMP)
 	@echo "== tests, the slow ones too"
 	$(PY) -m pytest tests
+
+mutants: $(WHEEL_STAMP)
+	@PYTHONPATH=tests $(PY) -m mutation --family "$(FAMILY)" --sample $(or $(SAMPLE),0) --seed $(or $(SEED),0) --jobs $(or $(JOBS),2)
 
 docs-check: $(WHEEL_STAMP)
 	@echo "== docs: generated tables, runnable examples"

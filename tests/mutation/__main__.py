@@ -6,7 +6,6 @@ import sys
 from collections import Counter, defaultdict
 
 from . import survivors
-from .build import ROOT, sources
 from .run import FOLDER, all_mutants, run
 
 LEAST = 0.95  # of the mutants that behave differently
@@ -32,11 +31,11 @@ def main(argv=None):
     rows = run(a.family, a.sample, a.seed, a.jobs, a.operator, a.name, a.again, lambda t: print(t, flush=True))
     with open(a.results, "w") as f:
         json.dump(rows, f, indent=1)
-    return judge(rows, survivors.load(), complete=not (a.sample or a.operator or a.name))
+    return judge(rows, survivors.load(), complete=not (a.sample or a.operator or a.name or a.family))
 
 
 def judge(rows, listed, complete=False, say=print):
-    """Prints the summary; 0 if every survivor is explained and enough of the others are killed."""
+    """Prints the summary; 0 if every survivor is explained and, of a complete run, enough of the others are killed."""
     counts = table(rows, listed)
     say(summary(counts))
     unexplained = [r for r in rows if r["verdict"] == "survived" and r["name"] not in listed]
@@ -47,11 +46,11 @@ def judge(rows, listed, complete=False, say=print):
         if verdicts.get(name, "survived") not in ("survived", "same code"):
             say(f"note: {name} is listed as a survivor, but is killed now ({verdicts[name]})")
     if complete:
-        for name in sorted(survivors.stale(listed, {m.name for p in sources() for _, m in all_mutants(p.name)})):
+        for name in sorted(survivors.stale(listed, [r["name"] for r in rows])):
             say(f"note: {name} is listed as a survivor, but there is no such mutant any more")
     killed, alive, rate = counts["all"]["killed"], len(unexplained), rate_of(counts["all"])
     say(f"{killed} killed of {killed + counts['all']['survived']} that behave differently: {rate:.1%}")
-    return int(bool(alive) or rate < LEAST)
+    return int(bool(alive) or complete and rate < LEAST)
 
 
 def table(rows, listed):
@@ -81,10 +80,10 @@ def summary(counts):
     for group in ["all", *sorted(g for g in counts if g.startswith(("source ", "operator ")))]:
         c = counts[group]
         lines.append(f"| {group} | " + " | ".join(str(c[k]) for k in columns) + f" | {rate_of(c):.1%} |")
-    by = ", ".join(f"{g.removeprefix('killed by ')} {c['killed']}" for g, c in sorted(counts.items()) if g.startswith("killed"))
+    killers = sorted(g for g in counts if g.startswith("killed by "))
+    by = ", ".join(f"{g.removeprefix('killed by ')} {counts[g]['killed']}" for g in killers)
     return "\n".join([*lines, "", f"Killed by: {by}."])
 
 
-__all__ = ["ROOT", "judge", "main"]
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,5 +1,5 @@
-"""Mutants of a source. An operator is a generator: operator(source) yields (token it is named after, edits, what it does),
-edits being [(start, end, new text)]."""
+"""Mutants of a source. An operator is a generator: operator(source) yields (token, edits, what it does); the mutant is
+named after the line of the token, and edits are [(start, end, new text)]."""
 
 import hashlib
 import re
@@ -10,7 +10,8 @@ from .source import Source
 
 OPERATORS = {}
 KEYWORDS = {"if", "for", "while", "switch", "return", "sizeof", "alignof", "decltype", "static_assert", "constexpr"}
-COMMUTATIVE = {"min", "max", "fmin", "fmax", "fminf", "fmaxf", "fma", "fmaf", "rn_mul", "rn_add", "rn_fma"}  # in 1st, 2nd
+# in their first two arguments
+COMMUTATIVE = {"min", "max", "fmin", "fmax", "fminf", "fmaxf", "fma", "fmaf", "rn_mul", "rn_add", "rn_fma"}
 COMPARISONS = {"<", "<=", ">", ">=", "==", "!="}
 
 
@@ -82,19 +83,21 @@ def _backward(s, i, stops):
         text, spaced = s[k], s.tokens[k].spaced
         if text in ")]}" and k in s.match:
             k = s.match[k]
-        elif text in ("(", "[", "{", ";", ",", "return") or text in stops and spaced or re.fullmatch(r"(<<|>>|[-+*/%&|^])?=", text):
+        elif text in _BEGIN or text in stops and spaced or re.fullmatch(r"(<<|>>|[-+*/%&|^])?=", text):
             return k + 1
         k -= 1
     return 0
 
 
+_BEGIN = {"(", "[", "{", ";", ",", "return"}
 _LOGIC = {"?", ":", "&&", "||"}
 
 
 def _deleted_calls(pattern):
     def delete(s):
         for i, token in enumerate(s.tokens):
-            if token.kind != "name" or not re.fullmatch(pattern, token.text) or s[i - 1] not in (";", "{", "}", ")", "else", "::"):
+            statement = s[i - 1] in (";", "{", "}", ")", "else", "::")
+            if token.kind != "name" or not re.fullmatch(pattern, token.text) or not statement:
                 continue
             k = i + 1
             if s[k] == "<":
@@ -134,7 +137,8 @@ def bound(s):
             yield i, _replace(s, i, i, other[token.text]), f"{token.text} -> {other[token.text]}"
             last = _forward(s, i + 1, _LOGIC | COMPARISONS)
             right = s.text_of(i + 1, last)
-            yield i, _replace(s, i + 1, last, f"({right}) {step[token.text]} 1"), f"{right} -> {right} {step[token.text]} 1"
+            one = f"{step[token.text]} 1"
+            yield i, _replace(s, i + 1, last, f"({right}) {one}"), f"{right} -> {right} {one}"
 
 
 @operator

@@ -1,6 +1,6 @@
 """A C++ source as a list of tokens: enough grammar to plant a bug, no compiler.
 
-What the emulator does not compile (the other side of `#ifdef GMK_SIMT`), comments and preprocessor lines give no tokens.
+What the emulator does not compile (the other side of `#ifdef GMK_SIMT`), comments and preprocessor lines: no tokens.
 clang-format has been over the sources, so blanks tell operators apart: `a < b` compares, `f<T>` does not.
 """
 
@@ -31,7 +31,7 @@ class Token:
 
 
 class Source:
-    """tokens; match: index of a bracket -> index of its partner; scope: index -> name of the function or type it is in."""
+    """tokens; match: index of a bracket -> index of its partner; scope: index -> function or type that it is in."""
 
     def __init__(self, text):
         self.text = text

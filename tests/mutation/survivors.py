@@ -6,8 +6,9 @@
     names = ["gmm.cu:kernel:operator:hash#1", ...]
 """
 
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 FILE = Path(__file__).with_name("survivors.toml")
 

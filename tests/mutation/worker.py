@@ -1,9 +1,9 @@
 """A pytest process that has collected the tests once, and runs them again for each mutant in a fork of itself.
 
-Started by run.py as `python -m mutation.worker <file descriptor in> <out> <tests...>`. It first writes the ids of its
-tests; then it reads the path of the emulator without a mutant, and runs all tests once: a fork inherits what torch and
-others do at a first call. Then it reads a job a line, {"library", "tests": [numbers, in order], "limits": [CPU seconds], "schedule"}, and
-answers {"verdict", "test", "seconds": {number: CPU seconds}}.
+Started by run.py as `python -m mutation.worker <file descriptor in> <out> <tests...>`. It writes the ids of its tests;
+reads the path of the emulator without a mutant, and runs all tests once, so that a fork inherits what torch does at a
+first call; then reads a job a line, {"library", "tests": [numbers, in order], "limits": [CPU seconds],
+"schedule"}, and answers {"verdict", "test", "seconds": {number: CPU seconds}}.
 """
 
 import importlib.util
