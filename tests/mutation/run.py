@@ -9,12 +9,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from .build import CSRC, ROOT, Builder, Compiled, sources
 from .operators import mutants
 
 TESTS = ROOT / "tests"
-FOLDER = ROOT / "build" / "mutants"
+FOLDER = Path(os.environ.get("GMK_MUTANTS", ROOT / "build" / "mutants"))
 OTHER_SCHEDULES = ("descending", "random", "preempt")  # for what the first one lets through
 
 
