@@ -164,6 +164,13 @@ def test_judgement():
     assert any("SURVIVED alive" in text for text in said)
 
 
+def test_the_docs_show_the_recorded_results():
+    pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
+    from mutation.__main__ import BEGIN, DOCS, END, recorded
+
+    assert BEGIN + recorded() + END in DOCS.read_text()
+
+
 @pytest.mark.slow
 def test_a_sample_of_all_mutants(capsys):
     """Always the same ones, until a kernel changes. `make mutants` runs them all."""

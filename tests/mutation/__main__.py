@@ -6,7 +6,8 @@ import sys
 from collections import Counter, defaultdict
 
 from . import survivors
-from .run import FOLDER, all_mutants, run
+from .build import ROOT
+from .run import FOLDER, all_mutants, known, run
 
 LEAST = 0.95  # of the mutants that behave differently
 
@@ -21,12 +22,17 @@ def main(argv=None):
     p.add_argument("--jobs", type=int, default=2)
     p.add_argument("--again", action="store_true", help="also what earlier runs have found out")
     p.add_argument("--list", action="store_true", help="only name them")
+    p.add_argument("--record", action="store_true", help="write what is known of the present sources into the docs")
     p.add_argument("--results", default=str(FOLDER / "results.json"))
     a = p.parse_args(argv)
     if a.list:
         for _, m in all_mutants(a.family):
             if a.operator in ("", m.operator):
                 print(f"{m.name}  line {m.line}: {m.what}")
+        return 0
+    if a.record:
+        rows, total = known()
+        record(rows, total, survivors.load())
         return 0
     rows = run(a.family, a.sample, a.seed, a.jobs, a.operator, a.name, a.again, lambda t: print(t, flush=True))
     with open(a.results, "w") as f:
@@ -73,8 +79,27 @@ def rate_of(counts):
     return counts["killed"] / different if different else 1.0
 
 
+DOCS = ROOT / "docs" / "mutation.md"
+RESULTS = ROOT / "tests" / "mutation" / "results.json"
+BEGIN, END = "<!-- python -m mutation --record -->\n", "<!-- end -->\n"
+
+
+def record(rows, total, listed):
+    counts = {group: dict(c) for group, c in sorted(table(rows, listed).items())}
+    RESULTS.write_text(json.dumps({"run": len(rows), "mutants": total, "counts": counts}, indent=1) + "\n")
+    before, _, rest = DOCS.read_text().partition(BEGIN)
+    DOCS.write_text(before + BEGIN + recorded() + END + rest.partition(END)[2])
+
+
+def recorded():
+    """The part of the docs that is made from results.json."""
+    r = json.loads(RESULTS.read_text())
+    return f"{r['run']} of {r['mutants']} mutants have been run:\n\n{summary(r['counts'])}\n"
+
+
 def summary(counts):
     """A Markdown table."""
+    counts = {group: Counter(c) for group, c in counts.items()}
     columns = ("killed", "survived", "equivalent", "same code", "invalid")
     lines = ["| | " + " | ".join(columns) + " | kill rate |", "|---" * (len(columns) + 2) + "|"]
     for group in ["all", *sorted(g for g in counts if g.startswith(("source ", "operator ")))]:

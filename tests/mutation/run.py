@@ -151,13 +151,30 @@ def run(family="", sample=0, seed=0, jobs=2, operator="", names=(), again=False,
     return rows
 
 
+def known():
+    """What earlier runs have found out about the present sources and tests: rows; and how many mutants there are."""
+    cache, rows, total = Cache(FOLDER / "verdicts.jsonl"), [], 0
+    for path in sources():
+        builder = Builder(FOLDER / "0")
+        state = _state(path, builder, tests_of(path, builder))
+        names = [m.name for m in mutants(path.name, path.read_text())]
+        rows += [cache.known[f"{state} {name}"] for name in names if f"{state} {name}" in cache.known]
+        total += len(names)
+    return rows, total
+
+
+def _state(path, builder, files):
+    objects = set(builder.objects(path))
+    involved = [p for p, users in builder.users.items() if objects & set(users)]
+    return state_of([*files, *sorted(p for p in involved if p.startswith(str(ROOT)))])
+
+
 def _run_file(path, some, jobs, cache, again, say):
     builders = [Builder(FOLDER / f"{i}") for i in range(jobs)]
     files = tests_of(path, builders[0])
     text = path.read_text()
     objects = builders[0].objects(path)
-    involved = [p for p, users in builders[0].users.items() if set(users) & set(objects)]
-    state = state_of([*files, *sorted(p for p in involved if p.startswith(str(ROOT)))])
+    state = _state(path, builders[0], files)
     rows = [cache.known.get(f"{state} {m.name}") for m in some]
     rows = [None if again else row for row in rows]
     if all(rows):
