@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import subprocess
 import sys
 from collections import Counter, defaultdict
 
@@ -86,7 +87,9 @@ BEGIN, END = "<!-- python -m mutation --record -->\n", "<!-- end -->\n"
 
 def record(rows, total, listed):
     counts = {group: dict(c) for group, c in sorted(table(rows, listed).items())}
-    RESULTS.write_text(json.dumps({"run": len(rows), "mutants": total, "counts": counts}, indent=1) + "\n")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    made = {"commit": commit.strip(), "run": len(rows), "mutants": total, "counts": counts}
+    RESULTS.write_text(json.dumps(made, indent=1) + "\n")
     before, _, rest = DOCS.read_text().partition(BEGIN)
     DOCS.write_text(before + BEGIN + recorded() + END + rest.partition(END)[2])
 
@@ -94,7 +97,7 @@ def record(rows, total, listed):
 def recorded():
     """The part of the docs that is made from results.json."""
     r = json.loads(RESULTS.read_text())
-    return f"{r['run']} of {r['mutants']} mutants have been run:\n\n{summary(r['counts'])}\n"
+    return f"At {r['commit']}, {r['run']} of {r['mutants']} mutants have been run:\n\n{summary(r['counts'])}\n"
 
 
 def summary(counts):
