@@ -5,6 +5,7 @@
 #   make test        environment, wheel, the tests                  make wheel   release wheel, all GPU generations
 #   make test-deep   the slow tests too                             make sdist   and a wheel from it
 #   make doctor      what runs on this machine, and why             make lint    ruff, clang-format; `make format` mends
+#   make mutants     plant small bugs everywhere in the CUDA sources: do the tests notice? FAMILY= SAMPLE= SEED= JOBS=
 #   make docs-check  tables and examples of the docs                make clean   all but .venv; `make distclean`: that too
 #   make sanitize-address   tests of the CPU code under ASan and UBSan; make sanitize-thread: under TSan
 #   make cuda-static STATIC_ARCHS=90  registers, spills, instructions of the CUDA kernels; make cuda-budget writes them anew
@@ -45,7 +46,8 @@ DEV_ARCHS := $(or $(CUDAARCHS),$(LOCAL_ARCHS),90)
 WHEEL_STAMP := $(STAMPS)/wheel-$(subst ;,-,$(DEV_ARCHS))-$(or $(GMKERNELS_CUDA),AUTO)
 
 SANITIZE := sanitize-address sanitize-thread
-.PHONY: $(SANITIZE) cuda-static cuda-budget gpu-check gpu-check-dry help bench test test-deep doctor dev wheel sdist lint format docs-check clean distclean
+.PHONY: help bench test test-deep mutants doctor dev wheel sdist lint format docs-check clean distclean \
+  $(SANITIZE) cuda-static cuda-budget gpu-check gpu-check-dry
 
 help:
 	@sed -n 's/^#   make /make /p' Makefile
@@ -114,6 +116,9 @@ gpu-check-dry: $(STAMPS)/env
 
 $(SANITIZE): sanitize-%: $(STAMPS)/env
 	@$(PY) tests/sanitize/run.py $*
+
+mutants: $(WHEEL_STAMP)
+	@PYTHONPATH=tests $(PY) -m mutation --family "$(FAMILY)" --sample $(or $(SAMPLE),0) --seed $(or $(SEED),0) --jobs $(or $(JOBS),2)
 
 docs-check: $(WHEEL_STAMP)
 	@echo "== docs: generated tables, runnable examples"

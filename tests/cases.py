@@ -1,8 +1,11 @@
 """What every family's tests share: devices, dtypes, shapes, tolerances, comparison with float64."""
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
+
+from gmkernels import _call
 
 FLOATS = (torch.float32, torch.float64)
 ALL_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -30,6 +33,17 @@ class Device:
     @property
     def simt(self):
         return self.name == "simt"
+
+
+@contextlib.contextmanager
+def cpu_kernels():
+    """The kernels of the CPU, in a test on "simt" too: there every call is a call of the emulator otherwise."""
+    before = _call.Kernel.backend
+    _call.Kernel.backend = None
+    try:
+        yield
+    finally:
+        _call.Kernel.backend = before
 
 
 def data(*shape, dtype=torch.float64, device="cpu", seed=0, grad=False):

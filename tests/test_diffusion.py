@@ -67,7 +67,7 @@ def test_float64_coefficients(device):
     assert not torch.equal(narrow, call(made, c))
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 7), (4, 1), (5, 2), (2, 300), (3, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 7), (4, 1), (7, 1), (5, 2), (2, 300), (3, 8)], ids=str)
 @pytest.mark.parametrize("seeds", [False, True])
 def test_rows_of_coefficients(device, shape, seeds):
     names, options = OPTIONS["everything"]
@@ -223,6 +223,17 @@ def test_strided_expanded_and_offset_inputs(device):
         close(out, oracle(made, c, **options)[0])
         wide = coefficients(device=device.torch).repeat_interleave(2)[::2]
         assert torch.equal(call(made, wide, **options), out)
+
+
+@pytest.mark.parametrize("name", ["x", "model_output", "uncond", "h1", "h2", "h3", "variance", "z"])
+def test_one_stream_alone_may_be_unaligned(device, name):
+    _, options = OPTIONS["plain"]
+    made = tensors((32,), ("uncond", "h1", "h2", "h3", "variance", "z"), torch.float32, device.torch)
+    c = coefficients(device=device.torch)
+    want = call(made, c, **options)
+    storage = torch.empty(33, device=device.torch)
+    storage[1:] = made[name]
+    assert torch.equal(call({**made, name: storage[1:]}, c, **options), want)
 
 
 def test_out_and_in_place(device):

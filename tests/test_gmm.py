@@ -81,6 +81,11 @@ def test_reference(device, covariance_type, dtype):
 
 
 @pytest.mark.parametrize("covariance_type", TYPES)
+def test_more_features_than_shared_memory_holds(device, covariance_type):
+    check(mixture(67, 50, 2, covariance_type, F64, device.torch), covariance_type)
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
 def test_every_instruction_set(isa, covariance_type):
     for dtype in cases.FLOATS:
         for n, d, k in [(131, 17, 5), (300, 16, 33), (5, 33, 2), (40, 7, 3)]:

@@ -42,11 +42,14 @@ def test_known_answers(counter, key, words):
     assert tuple(got.flatten().tolist()) == words
 
 
-def test_the_kernel_uses_step_stream_and_both_seed_words():
+@pytest.mark.parametrize("tensor", [False, True])
+def test_the_kernel_uses_step_stream_and_both_seed_words(device, tensor):
     seed = 0x299F31D0A4093822
-    got = ops.philox_uniform(8, seed=seed, step=0x13198A2E, stream=0x03707344)
+    argument = torch.tensor([seed], device=device.torch) if tensor else seed
+    shape = (1, 8) if tensor else 8
+    got = ops.philox_uniform(shape, seed=argument, step=0x13198A2E, stream=0x03707344, device=device.torch)
     words = reference.random.philox_words(torch.arange(2), 0x13198A2E, 0x03707344, torch.tensor([seed]))
-    assert torch.equal(got, (words.flatten() >> 8).float() * 2.0**-24)
+    assert torch.equal(got.cpu().flatten(), (words.flatten() >> 8).float() * 2.0**-24)
 
 
 def test_values_of_version_1():
@@ -79,7 +82,8 @@ def test_matches_the_reference(device, kind, size):
 def test_the_same_bits_on_every_device(device, kind):
     for dtype in cases.ALL_FLOATS:
         got = fill(kind, (3, 333), seed=-1, step=2**32 - 1, stream=7, dtype=dtype, device=device.torch).cpu()
-        want = fill(kind, (3, 333), seed=2**64 - 1, step=2**32 - 1, stream=7)
+        with cases.cpu_kernels():
+            want = fill(kind, (3, 333), seed=2**64 - 1, step=2**32 - 1, stream=7)
         assert torch.equal(got, want.to(dtype)), dtype
 
 
@@ -202,6 +206,12 @@ def test_out_and_memory(device, kind):
     view = storage[3:18].view(3, 5)  # an odd offset: no aligned vector stores
     fill(kind, (3, 5), seed=1, out=view)
     assert torch.equal(view, out) and (storage[:3] == 7).all() and (storage[18:] == 7).all()
+    for offset in range(9):  # of 2-byte numbers: every alignment that a vector store may meet
+        storage = torch.full((90,), 7.0, dtype=torch.bfloat16, device=device.torch)
+        view = storage[offset : offset + 80]
+        fill(kind, 80, seed=1, out=view)
+        assert torch.equal(view, fill(kind, 80, seed=1, dtype=torch.bfloat16, device=device.torch))
+        assert (storage[:offset] == 7).all() and (storage[offset + 80 :] == 7).all()
 
 
 @both

@@ -21,6 +21,7 @@ BUGS = {
     "read_before_start": ("out-of-bounds", (), 128),
     "vector_past_end": ("out-of-bounds", (), 102),
     "shared_past_end": ("out-of-bounds", (), 128),
+    "local_past_end": ("out-of-bounds", (), 64),
     "dynamic_shared_past_end": ("out-of-bounds", (), 64),
     "copy_past_end": ("out-of-bounds", ("race",), 64),
     "misaligned_vector": ("misaligned", (), 128),

@@ -52,6 +52,13 @@ GMK_BUG_KERNEL(shared_past_end) {
   out[i] = tile[bug ? tid + 1 : tid];  // BUG shared_past_end
 }
 
+GMK_BUG_KERNEL(local_past_end) {
+  GMK_INDEX;
+  float v[4] = {};
+  v[bug ? i % 8 : i % 4] = x[i];  // BUG local_past_end
+  out[i] = v[0] + v[1] + v[2] + v[3];
+}
+
 GMK_BUG_KERNEL(dynamic_shared_past_end) {  // launched with 256 bytes
   GMK_DYN_SHARED(raw);
   float* const tile = reinterpret_cast<float*>(raw);
@@ -357,6 +364,7 @@ Status bug_cuda(const Bug& a, int, void* stream) {
   GMK_RUN(read_before_start);
   GMK_RUN(vector_past_end);
   GMK_RUN(shared_past_end);
+  GMK_RUN(local_past_end);
   GMK_RUN(dynamic_shared_past_end);
   GMK_RUN(copy_past_end);
   GMK_RUN(misaligned_vector);

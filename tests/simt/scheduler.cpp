@@ -183,8 +183,13 @@ void run_block(unsigned linear) {
   }
 }
 
-// Stack overflow and jumps into nowhere: the checker cannot see them before they happen.
-void on_crash(int, siginfo_t*, void*) { siglongjmp(crashed, 1); }
+// Stack overflow and jumps into nowhere: the checker cannot see them before they happen. And the trap of
+// -fsanitize=bounds: an index past the end of an array whose length the compiler knows.
+void* trapped;
+void on_crash(int signal, siginfo_t* info, void*) {
+  trapped = signal == SIGILL ? info->si_addr : nullptr;
+  siglongjmp(crashed, 1);
+}
 
 class CrashGuard {
  public:
@@ -198,15 +203,17 @@ class CrashGuard {
     action.sa_sigaction = on_crash;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigaction(SIGSEGV, &action, &old_action_);
+    sigaction(SIGILL, &action, &old_trap_);
   }
   ~CrashGuard() {
     sigaction(SIGSEGV, &old_action_, nullptr);
+    sigaction(SIGILL, &old_trap_, nullptr);
     sigaltstack(&old_stack_, nullptr);
   }
 
  private:
   stack_t old_stack_{};
-  struct sigaction old_action_{};
+  struct sigaction old_action_{}, old_trap_{};
 };
 
 void run_grid() {
@@ -303,8 +310,12 @@ const char* launch_any(const char* name, dim3 grid, dim3 block, size_t shared_by
   if (sigsetjmp(crashed, 1) == 0) {
     run_grid();
   } else {
-    report("crash", machine.current, {},
-           "stack overflow (more than %zu KiB of locals), or a wild jump; the launch ends here", kStackBytes / 1024);
+    if (trapped)
+      report("out-of-bounds", machine.current, {pc_offset(static_cast<char*>(trapped) + 1)},
+             "an index past the end of an array; the launch ends here");
+    else
+      report("crash", machine.current, {},
+             "stack overflow (more than %zu KiB of locals), or a wild jump; the launch ends here", kStackBytes / 1024);
     machine.aborted = true;
   }
   machine.current = nullptr;

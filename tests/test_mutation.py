@@ -1,0 +1,181 @@
+"""The mutation operators on small snippets, and the list of survivors. Nothing is compiled."""
+
+import pytest
+
+from mutation import survivors
+from mutation.operators import OPERATORS, mutants
+from mutation.source import Source
+
+
+def changed(text, operator):
+    """What an operator makes of a text: the set of new texts."""
+    return {m.apply(text) for m in mutants("f.cu", text) if m.operator == operator}
+
+
+@pytest.mark.parametrize("operator, text, wanted", [
+    ("barrier", "a(); __syncthreads(); b();", {"a(); ; b();"}),
+    ("barrier", "if (n) __syncthreads();", {"if (n) ;"}),
+    ("barrier", "if (__syncthreads_or(x)) y();", set()),
+    ("syncwarp", "; __syncwarp(mask); b();", {"; ; b();"}),
+    ("fence", "; __threadfence(); __threadfence_block();", {"; ; __threadfence_block();", "; __threadfence(); ;"}),
+    ("wait", "; cp_async_wait<2>(); cp_async_commit();", {"; ; cp_async_commit();", "; cp_async_wait<2>(); ;"}),
+    ("wait", "{ gmk_simt::async_wait(groups); }", {"{ ; }"}),
+    ("bound", "x = i < n;", {"x = i <= n;", "x = i < (n) - 1;"}),
+    ("bound", "for (; i <= n + m; ) {}", {"for (; i < n + m; ) {}", "for (; i <= (n + m) + 1; ) {}"}),
+    ("bound", "f(a >= b && c);", {"f(a > b && c);", "f(a >= (b) - 1 && c);"}),
+    ("bound", "template <class T> f<T> x(a<b>(c));", set()),
+    ("compare", "x = a == b;", {"x = a != b;"}),
+    ("compare", "x = !a;", {"x = a;"}),
+    ("sign", "x = a + b;", {"x = a - b;"}),
+    ("sign", "x -= -a;", {"x += -a;", "x -= a;"}),
+    ("arithmetic", "x = e / n; y = e % n;", {"x = e % n; y = e % n;", "x = e / n; y = e / n;"}),
+    ("arithmetic", "T* const p = &q;", set()),
+    ("swap", "x = blockIdx.x;", {"x = blockIdx.y;"}),
+    ("swap", "x = a[i][j + 1];", {"x = a[j + 1][i];"}),
+    ("swap", "x = f(row, column, 1);", {"x = f(column, row, 1);", "x = f(row, 1, column);"}),
+    ("swap", "x = f(a, g(b, c));", {"x = f(g(b, c), a);", "x = f(a, g(c, b));"}),
+    ("swap", "x = fma(a, b, c);", {"x = fma(a, c, b);"}),
+    ("swap", "int f(int a, int b);", set()),
+    ("swap", "GMK_SHARED(a, b);", set()),
+    ("narrow", "x = int64_t(i) * n;", {"x = int32_t(i) * n;"}),
+    ("constant", "x = 0;", {"x = 1;"}),
+    ("constant", "x = 1u;", {"x = 0u;", "x = 2u;"}),
+    ("constant", "x = 16;", {"x = 17;", "x = 15;"}),
+    ("constant", "x = 0.5f;", {"x = (2 * 0.5f);"}),
+    ("constant", "x = 0x40u;", {"x = 65u;", "x = 0u;"}),
+    ("mask", "f(kFullWarp, v);", {"f(0x0000ffffu, v);", "f(0xfffffffeu, v);"}),
+    ("drop", "if (a) b();", {"if (false) b();"}),
+    ("drop", "for (int i = 0; i < n; ++i) b();", {"for (int i = 0; false; ++i) b();"}),
+    ("drop", "if (const Status s = f()) return s;", set()),
+    ("guard", "if (a) b();", {"if (true) b();"}),
+    ("guard", "x = a && b < c && d;", {"x = true && b < c && d;", "x = a && true && d;", "x = a && b < c && true;"}),
+    ("guard", "x = a || b;", {"x = false || b;", "x = a || false;"}),
+    ("choice", "x = a < b ? c : d;", {"x = true ? c : d;", "x = false ? c : d;"}),
+])
+def test_operator(operator, text, wanted):
+    assert changed(text, operator) == wanted
+
+
+def test_every_operator_has_a_case():
+    (mark,) = test_operator.pytestmark
+    assert {case[0] for case in mark.args[1] if case[2]} == set(OPERATORS)
+
+
+def test_no_mutants_where_the_emulator_sees_no_code():
+    text = """
+// a < b
+/* x = 1; */
+#define N 3
+#include <stdint.h>
+const char* s = "i < n";
+#ifndef GMK_SIMT
+int a = 1;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+int b = 1;
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+int c = 1;
+#else
+int d = 1;
+#endif
+#ifdef __CUDA_ARCH__
+int e = 1;
+#endif
+"""
+    assert {m.line for m in mutants("f.cu", text)} == {12}
+
+
+KERNEL = """namespace gmk {
+namespace {
+constexpr int kTile = 64;
+struct alignas(16) Pack {
+  int v[4];
+  int size() const { return 4; }
+};
+template <class T, int n = 2>
+__global__ void __launch_bounds__(256) scale_kernel(Args a) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  auto f = [&](int k) { return k + 1; };
+  if (i < a.size) a.out[i] = 2.0f * a.x[i];
+}
+}  // namespace
+Status scale_cuda(const Args& a) { return a.size <= 0 ? kOk : launch(a); }
+}  // namespace gmk
+"""
+
+
+def test_names_say_where():
+    assert {m.function for m in mutants("f.cu", KERNEL)} == {"-", "Pack", "Pack::size", "scale_kernel", "scale_cuda"}
+    assert all(m.name.startswith(f"f.cu:{m.function}:{m.operator}:") for m in mutants("f.cu", KERNEL))
+
+
+def test_names_are_unique_and_survive_edits_elsewhere():
+    names = [m.name for m in mutants("f.cu", KERNEL)]
+    assert len(set(names)) == len(names) > 20
+    moved = KERNEL.replace("int size() const { return 4; }", "").replace("  if (i < a", "\n    if (i <  a")
+    kept = {m.name for m in mutants("f.cu", moved)}
+    assert {n for n in names if ":Pack" not in n} == {n for n in kept if ":Pack" not in n}
+
+
+def test_two_mutants_never_are_the_same_text():
+    texts = [m.apply(KERNEL) for m in mutants("f.cu", KERNEL)]
+    assert len(set(texts)) == len(texts) and KERNEL not in texts
+
+
+def test_brackets_of_the_real_sources_match():
+    from pathlib import Path
+
+    for path in (Path(__file__).parents[1] / "csrc").glob("*/*.cu*"):
+        s = Source(path.read_text())
+        assert s.tokens and all(s.match[s.match[i]] == i for i in s.match)
+
+
+def test_a_survivor_needs_a_reason(tmp_path):
+    file = tmp_path / "survivors.toml"
+    file.write_text('[[group]]\nkind = "equivalent"\nreason = "the grid is larger than needed"\nnames = ["a", "b"]\n')
+    assert survivors.load(file)["b"]["reason"] == "the grid is larger than needed"
+    assert survivors.stale(survivors.load(file), ["a"]) == {"b"}
+    for bad in ('[[group]]\nkind = "equivalent"\nreason = " "\nnames = []',
+                '[[group]]\nkind = "so"\nreason = "r"\nnames = []',
+                '[[group]]\nkind = "hole"\nreason = "r"\nnames = ["a", "a"]'):
+        file.write_text(bad)
+        with pytest.raises(ValueError, match="survivors.toml"):
+            survivors.load(file)
+    survivors.load()
+
+
+def row(verdict, name="m"):
+    return {"name": name, "file": "f.cu", "operator": "bound", "verdict": verdict, "line": 1, "what": "< -> <="}
+
+
+def test_judgement():
+    pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
+    from mutation.__main__ import judge
+
+    killed = [row("numeric"), row("report race"), row("timeout"), row("crash SIGFPE"), row("invalid"), row("same code")]
+    said = []
+    assert judge(killed, {}, say=said.append) == 0 and "4 killed of 4" in said[-1]
+    alive = row("survived", "alive")
+    assert judge([*killed, alive], {}, say=said.append) == 1
+    assert judge([*killed, alive], {"alive": {"kind": "equivalent"}}, say=said.append) == 0
+    hole = {"alive": {"kind": "hole"}}
+    assert judge([*killed, alive], hole, say=said.append) == 0
+    assert judge([*killed, alive], hole, complete=True, say=said.append) == 1  # 4 of 5
+    assert judge([*killed * 5, alive], hole, complete=True, say=said.append) == 0  # 20 of 21
+    assert any("SURVIVED alive" in text for text in said)
+
+
+def test_the_docs_show_the_recorded_results():
+    pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
+    from mutation.__main__ import BEGIN, DOCS, END, recorded
+
+    assert BEGIN + recorded() + END in DOCS.read_text()
+
+
+@pytest.mark.slow
+def test_a_sample_of_all_mutants(capsys):
+    """Always the same ones, until a kernel changes. `make mutants` runs them all."""
+    pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
+    from mutation.__main__ import main
+
+    status = main(["--sample", "10", "--again"])
+    assert status == 0, capsys.readouterr().out
