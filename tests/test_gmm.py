@@ -292,6 +292,14 @@ def test_nan_and_infinite_rows(device, covariance_type, dtype):
     assert upper.isnan().any()
 
 
+@pytest.mark.parametrize("bad", [INF, -INF])
+def test_infinities_that_cancel(device, bad):
+    """inf - inf in the product with the precisions: still a row without density, not a NaN."""
+    precision = torch.tensor([[[1.0, -1.0], [0.0, 1.0]]], dtype=F64, device=device.torch)
+    x, zero = torch.full((1, 2), bad, dtype=F64, device=device.torch), torch.zeros(1, 2, dtype=F64, device=device.torch)
+    assert ops.gmm_log_prob(x, zero[0, :1], zero, precision, "full").tolist() == [-INF]
+
+
 @pytest.mark.parametrize("covariance_type", TYPES)
 def test_components_without_weight(device, covariance_type):
     args = mixture(9, 3, 3, covariance_type, F64, device.torch)
