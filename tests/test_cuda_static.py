@@ -11,9 +11,9 @@ NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 KERNEL = """
 namespace gmk { namespace {
 template <class T> __global__ void planted_kernel(T* x, int n) {
-  T v[64];
-  for (int i = 0; i < 64; ++i) v[i] = x[i];
-  x[n] = v[n];  // an index known only at run time
+  T v[64] = {};
+  for (int i = 0; i < 64; ++i) v[(i * n) & 63] += x[i];  // an index known only at run time
+  for (int i = 0; i < 64; ++i) x[i] = v[i];
 }
 } void launch(float* x) { planted_kernel<<<1, 1>>>(x, 3); } }
 """
