@@ -459,3 +459,10 @@ def test_bad_markers(checkout, text, capsys):
     assert tables.main(["--root", str(checkout)]) == 1
     assert "README.md" in capsys.readouterr().err
     assert (checkout / "README.md").read_text() == text
+
+
+def test_a_folder_that_is_not_there_yet_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "families", lambda: {})
+    folder = tmp_path / "new"
+    cli.main(["bench", "--quick", "--json", f"{folder}/", "no_such_op"])
+    assert folder.is_dir()

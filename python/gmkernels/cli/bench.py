@@ -35,6 +35,8 @@ def run(args):
             before = load(args.against)
         except (OSError, ValueError) as error:
             return _usage(f"--against {args.against}: {error}")
+    if args.json and args.json.endswith("/"):
+        Path(args.json).mkdir(parents=True, exist_ok=True)
     if args.json and not (Path(args.json).is_dir() or Path(args.json).absolute().parent.is_dir()):
         return _usage(f"--json {args.json}: no folder {Path(args.json).parent}")  # now, not after ten minutes
 
