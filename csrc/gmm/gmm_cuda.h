@@ -1,0 +1,25 @@
+// CUDA only: the path on tensor cores, in pieces of one source file each.
+#pragma once
+#include "gmm/gmm.h"
+
+namespace gmk {
+
+constexpr int64_t kMatrixFeatures = 128;  // d at most
+
+// Floats of the prepared parameters of one component (gmm_matrix.cuh).
+inline int64_t prepared_floats(int64_t d, bool pull) {
+  const int64_t tiles = (d + 7) / 8;
+  return 12 * tiles + 64 * tiles * (tiles + 1) * (pull ? 2 : 1);
+}
+// Whether the tensor-core kernels serve these inputs; `prepared_bytes` is the workspace that the caller gives for it.
+inline bool matrix_path(const GmmInputs& in, int64_t prepared_bytes, bool pull) {
+  return in.dtype == kFloat32 && in.covariance <= kTied && in.d > 0 && in.d <= kMatrixFeatures && in.k > 0 &&
+         in.k < (int64_t(1) << 24) && prepared_bytes >= 4 * in.b * in.k * prepared_floats(in.d, pull);
+}
+
+bool gmm_has_tensor_cores();  // for tf32: the code that would run on the current device has them
+Status gmm_prepare(const GmmInputs&, float* prepared, bool pull, void* stream);
+Status gmm_matrix_grad_x(const GmmLogProbBackward&, void* stream);
+Status gmm_matrix_statistics(const GmmLogProbBackward&, double* sums, int64_t slabs, bool pull, void* stream);
+
+}  // namespace gmk
