@@ -50,7 +50,10 @@ template <int KT>
 constexpr int kForwardM = KT <= 8 ? 2 : 1;  // y takes 4 M KT registers
 
 template <int KT>
-__global__ void __launch_bounds__(kMatrixThreads, 2) gmm_matrix_log_prob_kernel(GmmLogProb a, int capacity) {
+__global__ void __launch_bounds__(kMatrixThreads, KT == 16  ? 2
+                                                  : KT == 8 ? 3
+                                                            : 4)
+    gmm_matrix_log_prob_kernel(GmmLogProb a, int capacity) {
 #if GMK_TF32
   constexpr int M = kForwardM<KT>;
   GMK_DYN_SHARED(bytes);

@@ -144,12 +144,15 @@ GMK_DEV double second_moment(const double* sums, int64_t d, int64_t a, int64_t b
   return sums[1 + d + low * d - low * (low - 1) / 2 + high - low];
 }
 
+// a b, and 0 where a is 0: a component that is left out has sums 0, whatever its parameters hold.
+GMK_DEV double times(double a, double b) { return a == 0 ? 0 : a * b; }
+
 // One gradient of P[row][column] from one component's statistics.
 template <class T>
 GMK_DEV double matrix_gradient(const double* sums, const T* p, int64_t d, int64_t row, int64_t column) {
   if (row > column) return 0;
   double g = 0;
-  for (int64_t i = 0; i <= column; ++i) g -= second_moment(sums, d, row, i) * double(p[i * d + column]);
+  for (int64_t i = 0; i <= column; ++i) g -= times(second_moment(sums, d, row, i), double(p[i * d + column]));
   if (row == column && sums[0] != 0) g += sums[0] / double(p[row * d + row]);
   return g;
 }
@@ -182,11 +185,11 @@ __global__ void __launch_bounds__(kRows) gmm_grad_parameters_kernel(GmmLogProbBa
         const T* const q = p.matrix_of(c);
         for (int64_t e = f; e < d; ++e) {
           double projected = 0;
-          for (int64_t r = 0; r <= e; ++r) projected += s[1 + r] * double(q[r * d + e]);
-          g += double(q[f * d + e]) * projected;
+          for (int64_t r = 0; r <= e; ++r) projected += times(s[1 + r], double(q[r * d + e]));
+          g += times(projected, double(q[f * d + e]));
         }
       } else {
-        g = double(p.scale(c, f)) * s[1 + f];
+        g = times(s[1 + f], double(p.scale(c, f)));
       }
       static_cast<T*>(a.grad_means)[b * k * d + i] = T(g);
       continue;

@@ -27,7 +27,8 @@ template <int KT>
 constexpr int kPullM = KT <= 8 ? 2 : 1;  // y and grad_x take 8 M KT registers
 
 template <int KT>
-__global__ void __launch_bounds__(kMatrixThreads, 2) gmm_matrix_grad_x_kernel(GmmLogProbBackward a, int capacity) {
+__global__ void __launch_bounds__(kMatrixThreads, KT == 4 ? 4 : 2)
+    gmm_matrix_grad_x_kernel(GmmLogProbBackward a, int capacity) {
 #if GMK_TF32
   constexpr int M = kPullM<KT>;
   GMK_DYN_SHARED(bytes);
@@ -145,10 +146,12 @@ GMK_DEV void weighted_fragment(uint32_t (&hi)[4], uint32_t (&lo)[4], const float
 }
 
 template <int KT>
-__global__ void __launch_bounds__(kMatrixThreads, 2)
+__global__ void __launch_bounds__(kMatrixThreads, KT == 16  ? 2
+                                                  : KT == 8 ? 3
+                                                            : 4)
     gmm_matrix_statistics_kernel(GmmLogProbBackward a, double* all_sums, int64_t slabs, int rows, int pull) {
 #if GMK_TF32
-  constexpr int kPairs = KT / 4, kShares = 4 / kPairs, kSlots = KT + 2;
+  constexpr int kPairs = KT / 4, kShares = 4 / kPairs, kSlots = KT + 2, kPanel = 4;
   GMK_DYN_SHARED(bytes);
   const GmmInputs& in = a.in;
   const int d = int(in.d), tiles = (d + 7) / 8, stride = 8 * tiles + 4, tid = int(threadIdx.x), warp = tid / 32;
@@ -157,6 +160,7 @@ __global__ void __launch_bounds__(kMatrixThreads, 2)
   float* const p = reinterpret_cast<float*>(bytes);
   float* const tile = p + step_offset(tiles, tiles);
   float* const weights = tile + rows * stride;
+  int* const kept = reinterpret_cast<int*>(weights + rows);
   const int64_t count = 1 + d + int64_t(d) * (d + 1) / 2, per = step_offset(tiles, pull ? 2 * tiles : tiles);
   const int64_t slab_rows = ((in.n + slabs - 1) / slabs + kRows - 1) / kRows * kRows;
   for (int64_t job = blockIdx.x; job < slabs * in.b * in.k; job += gridDim.x) {
@@ -172,6 +176,7 @@ __global__ void __launch_bounds__(kMatrixThreads, 2)
     for (int e = 4 * tid; e < step_offset(tiles, tiles); e += 4 * kMatrixThreads) cp_async16(p + e, component + e);
     cp_async_commit();
     cp_async_wait<0>();
+    if (tid == 0) *kept = d;
     float sum[kSlots][4] = {};
     double mass = 0, moment = 0;
     bool fresh = true;
@@ -182,18 +187,24 @@ __global__ void __launch_bounds__(kMatrixThreads, 2)
         for (int turn = 0; turn < kShares; ++turn) {  // one after another: the warps that share these numbers
           __syncthreads();
           if (turn != share) continue;
+          const int features = *kept;  // from memory: else the addresses of all sums would stay in registers all along
+          int row = 16 * low + at.g, column = 16 * low + 2 * at.t;
 #pragma unroll
-          for (int q = 0; q < kSlots; ++q)
+          for (int q = 0; q < kSlots; ++q) {
+            if (q == in_low) row = 16 * high + at.g, column = 16 * high + 2 * at.t;
+            double* const to = sums + 1 + features + row * features - row * (row + 1) / 2 +
+                               column;  // of (row, column); (row + 8, column):
+            const int below = 8 * features - 8 * row - 36;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-              const int64_t row = 16 * (q < in_low ? low : high) + at.g + 8 * (e >> 1);
-              const int64_t column = 8 * (q < in_low ? 2 * low + q : 2 * high + q - in_low) + 2 * at.t + (e & 1);
-              if (row <= column && column < d) {
-                double* const to = sums + 1 + d + row * d - row * (row - 1) / 2 + column - row;
-                *to = (fresh && turn == 0 ? 0.0 : *to) + double(sum[q][e]);
+              if (row + 8 * (e >> 1) <= column + (e & 1) && column + (e & 1) < features) {
+                double* const one = to + (e >> 1) * below + (e & 1);
+                *one = (fresh && turn == 0 ? 0.0 : *one) + double(sum[q][e]);
               }
               sum[q][e] = 0.0f;
             }
+            column += 8;
+          }
         }
         fresh = false;
         unflushed = 0;
@@ -206,11 +217,16 @@ __global__ void __launch_bounds__(kMatrixThreads, 2)
                      tiles);
       __syncthreads();
       if (16 * warp < rows) {
-        float y[1][KT][4] = {};
-        for (int i = 0; i < tiles; ++i)
-          multiply_step<1, KT, false>(y, tile + 16 * warp * stride, stride, nullptr,
-                                      p + step_offset(tiles, i) + kHeader, i, tiles);
-        const float square = own_square(y);
+        float square = 0.0f;
+#pragma unroll 1
+        for (int from = 0; from < tiles; from += kPanel) {
+          float y[1][kPanel][4] = {};
+#pragma unroll 1
+          for (int i = 0; i < tiles && i < from + kPanel; ++i)
+            multiply_step<1, kPanel, false>(y, tile + 16 * warp * stride, stride, nullptr,
+                                            p + step_offset(tiles, i) + kHeader, i, tiles, from);
+          square += own_square(y);
+        }
         const int row = 16 * warp + own_row<1>();
         float w = 0.0f;
         if (row < here) {
@@ -243,12 +259,17 @@ __global__ void __launch_bounds__(kMatrixThreads, 2)
         const float* const t = tile + r * stride;
         uint32_t hi[4], lo[4];
         weighted_fragment(hi, lo, t, stride, low, tiles, w0, w1);
+        const float* right = t + 16 * low + at.g;
+        int end_q = tiles - 2 * low;
 #pragma unroll
         for (int q = 0; q < kSlots; ++q) {
-          if (q == in_low) weighted_fragment(hi, lo, t, stride, high, tiles, w0, w1);
-          const int column = q < in_low ? 2 * low + q : 2 * high + q - in_low;
-          if (column >= tiles) continue;
-          const Split u = split(t[8 * column + at.g]), v = split(t[stride + 8 * column + at.g]);
+          if (q == in_low) {
+            weighted_fragment(hi, lo, t, stride, high, tiles, w0, w1);
+            right = t + 16 * high - 8 * in_low + at.g;
+            end_q = tiles - 2 * high + in_low;
+          }
+          if (q >= end_q) continue;
+          const Split u = split(right[8 * q]), v = split(right[stride + 8 * q]);
           multiply_add(sum[q], hi, lo,
                        Pack<float, 4>{{bits_float(u.hi), bits_float(v.hi), bits_float(u.lo), bits_float(v.lo)}});
         }
@@ -274,7 +295,7 @@ Status launch_grad_x(const GmmLogProbBackward& a, void* stream) {
 template <int KT>
 Status launch_statistics(const GmmLogProbBackward& a, double* sums, int64_t slabs, bool pull, void* stream) {
   const int tiles = int(a.in.d + 7) / 8, rows = tiles > 15 ? 48 : 64;  // in 99 KiB, the least of the generations
-  const size_t bytes = (size_t(step_offset(tiles, tiles)) + rows * (8 * tiles + 4) + rows) * sizeof(float);
+  const size_t bytes = (size_t(step_offset(tiles, tiles)) + rows * (8 * tiles + 4) + rows + 4) * sizeof(float);
   return GMK_LAUNCH((gmm_matrix_statistics_kernel<KT>), grid_for(slabs * a.in.b * a.in.k, 1), kMatrixThreads, bytes,
                     stream, a, sums, slabs, rows, int(pull));
 }

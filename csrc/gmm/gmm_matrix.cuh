@@ -117,10 +117,10 @@ struct Lane {
 };
 GMK_DEV Lane lane_of() { return {int(threadIdx.x) % 32 / 4, int(threadIdx.x) % 4}; }
 
-// y += t P for one step (features 8 i .. 8 i + 7): 16 M rows of x from `x` on, in shared memory.
+// y += t P for one step (features 8 i .. 8 i + 7): 16 M rows of x from `x` on, in shared memory; columns of P from 8 `from`.
 template <int M, int KT, bool subtract>
 GMK_DEV void multiply_step(float (&y)[M][KT][4], const float* x, int stride, const float* mean, const float* blocks,
-                           int i, int tiles) {
+                           int i, int tiles, int from = 0) {
   const Lane at = lane_of();
   uint32_t hi[M][4], lo[M][4];
 #pragma unroll
@@ -136,8 +136,8 @@ GMK_DEV void multiply_step(float (&y)[M][KT][4], const float* x, int stride, con
     }
 #pragma unroll
   for (int j = 0; j < KT; ++j)
-    if (j >= i && j < tiles) {
-      const Pack<float, 4> b = load_pack<float, 4>(blocks + kBlock * (j - i) + int(threadIdx.x) % 32 * 4);
+    if (from + j >= i && from + j < tiles) {
+      const Pack<float, 4> b = load_pack<float, 4>(blocks + kBlock * (from + j - i) + int(threadIdx.x) % 32 * 4);
 #pragma unroll
       for (int m = 0; m < M; ++m) multiply_add(y[m][j], hi[m], lo[m], b);
     }
