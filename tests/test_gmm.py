@@ -202,6 +202,16 @@ MATRIX_SHAPES = [(1, 1, 1), (33, 15, 2), (130, 16, 3), (16, 17, 5), (34, 31, 2),
                  (40, 65, 2)]  # n, d, k
 
 
+DIAGONAL_SHAPES = [(257, 1, 1), (9, 4, 17), (70, 5, 16), (129, 8, 9), (65, 33, 5), (33, 64, 3), (34, 65, 2)]
+
+
+@pytest.mark.parametrize("covariance_type", ["diag", "spherical"])
+def test_tiles_of_rows_and_components(device, covariance_type, monkeypatch):
+    monkeypatch.setattr(gmm_module, "_SLAB_ROWS", 40)
+    for n, d, k in DIAGONAL_SHAPES if device.simt else [*DIAGONAL_SHAPES, (300, 128, 3), (300, 129, 3)]:
+        check(mixture(n, d, k, covariance_type, F32, device.torch), covariance_type)
+
+
 @pytest.mark.parametrize("covariance_type", ["full", "tied"])
 def test_tensor_cores_and_plain(device, path, covariance_type):
     for n, d, k in MATRIX_SHAPES:
@@ -215,21 +225,23 @@ def test_tensor_cores_to_their_last_size(device, path):
 
 
 def test_tensor_cores_are_used(device, monkeypatch):
-    """From d = 16 to 128, float32, full and tied: only there is anything prepared."""
+    """From d = 8 to 128, float32, full and tied: only there is anything prepared."""
     for covariance_type in TYPES:
-        for d in (15, 16, 128, 129):
+        for d in (7, 8, 128, 129):
             x = torch.empty(1, d, dtype=F32)
             size = gmm_module._prepared_bytes(x, 1, 1, 1, d, covariance_type)
-            assert (size > 0) == (covariance_type in ("full", "tied") and d in (16, 128))
+            assert (size > 0) == (covariance_type in ("full", "tied") and d in (8, 128))
             assert gmm_module._prepared_bytes(x.double(), 1, 1, 1, d, covariance_type) == 0
-    if device.simt:  # fewer threads with tensor cores: 32 a block for 9 rows, 64 on the plain path
+    if device.simt:
         from simt import backend
 
-        threads = {}
-        for d in (15, 16):
-            ops.gmm_log_prob(*mixture(9, d, 1, "full", F32), "full")
-            threads[d] = backend.module().counters()
-        assert threads[15] != threads[16]
+        work = []
+        for first in (16, 17):
+            monkeypatch.setattr(gmm_module, "_MATRIX_FEATURES", (first, 128))
+            backend.module().counters()
+            ops.gmm_log_prob(*mixture(9, 16, 1, "full", F32), "full")
+            work.append(backend.module().counters()[0])
+        assert work == [2 * 32 + 96, 64]  # threads: preparing takes 128, nine rows 32; the plain path 64
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])

@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kRows) gmm_grad_parameters_kernel(GmmLogProbBa
 }
 
 template <class T>
-Status launch_backward(const GmmLogProbBackward& a, bool matrix, void* stream) {
+Status launch_backward(const GmmLogProbBackward& a, bool matrix, bool diagonal, void* stream) {
   const GmmInputs& in = a.in;
   if (matrix && in.n > 0) {
     const Status status = gmm_prepare(in, static_cast<float*>(a.prepared), a.need_x, stream);
@@ -226,8 +226,9 @@ Status launch_backward(const GmmLogProbBackward& a, bool matrix, void* stream) {
   if (a.need_x && in.n > 0) {
     const unsigned grid = grid_for(in.b * ((in.n + kRows - 1) / kRows), 1);
     const Status status =
-        matrix ? gmm_matrix_grad_x(a, stream)
-               : GMK_LAUNCH((gmm_grad_x_kernel<T>), grid, kRows, shared ? size_t(2 * bytes) : 0, stream, a, shared);
+        matrix     ? gmm_matrix_grad_x(a, stream)
+        : diagonal ? gmm_diagonal_grad_x(a, stream)
+                   : GMK_LAUNCH((gmm_grad_x_kernel<T>), grid, kRows, shared ? size_t(2 * bytes) : 0, stream, a, shared);
     if (status) return status;
   }
   if (!a.need_parameters) return kOk;
@@ -236,9 +237,10 @@ Status launch_backward(const GmmLogProbBackward& a, bool matrix, void* stream) {
   if (slabs < 1) return "scratch is too small";
   if (count) {
     double* const sums = static_cast<double*>(a.scratch);
-    Status status = matrix ? gmm_matrix_statistics(a, sums, slabs, a.need_x, stream)
-                           : GMK_LAUNCH((gmm_statistics_kernel<T>), grid_for(slabs * in.b * in.k, 1), kRows,
-                                        shared ? size_t(bytes) : 0, stream, a, shared, slabs);
+    Status status = matrix     ? gmm_matrix_statistics(a, sums, slabs, a.need_x, stream)
+                    : diagonal ? gmm_diagonal_statistics(a, sums, slabs, stream)
+                               : GMK_LAUNCH((gmm_statistics_kernel<T>), grid_for(slabs * in.b * in.k, 1), kRows,
+                                            shared ? size_t(bytes) : 0, stream, a, shared, slabs);
     if (status) return status;
     status = GMK_LAUNCH((gmm_sum_slabs_kernel), grid_for(count, kRows), kRows, 0, stream, sums, count, slabs);
     if (status) return status;
@@ -252,9 +254,10 @@ Status launch_backward(const GmmLogProbBackward& a, bool matrix, void* stream) {
 Status gmm_log_prob_backward_cuda(const GmmLogProbBackward& a, int device, void* stream) {
   if (a.in.b <= 0) return kOk;
   const DeviceGuard guard(device);
-  if (a.in.dtype == kFloat64) return launch_backward<double>(a, false, stream);
-  const bool matrix = matrix_path(a.in, a.prepared_bytes, a.need_x) && gmm_has_tensor_cores();
-  return launch_backward<float>(a, matrix, stream);
+  if (a.in.dtype == kFloat64) return launch_backward<double>(a, false, false, stream);
+  const bool tensor_cores = gmm_has_tensor_cores(), diagonal = diagonal_path(a.in, tensor_cores);
+  const bool matrix = tensor_cores && matrix_path(a.in, a.prepared_bytes, a.need_x);
+  return launch_backward<float>(a, matrix, diagonal, stream);
 }
 
 }  // namespace gmk

@@ -1,4 +1,4 @@
-// CUDA only: the path on tensor cores, in pieces of one source file each.
+// CUDA only: float32's own paths, and which of them serves what.
 #pragma once
 #include "gmm/gmm.h"
 
@@ -17,9 +17,18 @@ inline bool matrix_path(const GmmInputs& in, int64_t prepared_bytes, bool pull) 
          in.k < (int64_t(1) << 24) && prepared_bytes >= 4 * in.b * in.k * prepared_floats(in.d, pull);
 }
 
+// Whether the kernels of gmm_diagonal.cu do: 64 KiB of shared memory are all that sm_75 has.
+inline bool diagonal_path(const GmmInputs& in, bool tensor_cores) {
+  return in.dtype == kFloat32 && in.covariance >= kDiag && in.n > 0 && in.k > 0 && in.d > 0 &&
+         in.d <= (tensor_cores ? 128 : 64);
+}
+
 bool gmm_has_tensor_cores();  // for tf32: the code that would run on the current device has them
 Status gmm_prepare(const GmmInputs&, float* prepared, bool pull, void* stream);
 Status gmm_matrix_grad_x(const GmmLogProbBackward&, void* stream);
 Status gmm_matrix_statistics(const GmmLogProbBackward&, double* sums, int64_t slabs, bool pull, void* stream);
+Status gmm_diagonal_log_prob(const GmmLogProb&, void* stream);
+Status gmm_diagonal_grad_x(const GmmLogProbBackward&, void* stream);
+Status gmm_diagonal_statistics(const GmmLogProbBackward&, double* sums, int64_t slabs, void* stream);
 
 }  // namespace gmk

@@ -41,6 +41,15 @@ ASKED = {
     # x, model_output, uncond, three histories, noise, variance; out, x0
     r"diffusion_step_kernel<(float|.*bf16|.*f16), \d, true>": {r"LDG\.E\.128": 8, r"STG\.E\.128": 2},
     r"philox_fill_kernel<float>": {r"STG\.E\.128": 1},
+    # four rows or four components' parameters at a time; grad_x leaves in whole packs
+    r"gmm_diagonal_(log_prob|grad_x|statistics)_kernel": {r"LDG\.E\.128": 1, r"LDS\.128": 8},
+    r"gmm_diagonal_grad_x_kernel": {r"STG\.E\.128": 1},
+}
+# From sm_80 on: three products of tf32 for every block of P, and x and P straight to shared memory.
+ASKED_80 = {
+    r"gmm_matrix_(log_prob|grad_x)_kernel<\d+>": {r"HMMA\.1688\.F32\.TF32": 24, r"LDGSTS\.E\..*128": 3, r"LDS\.128": 4},
+    r"gmm_matrix_grad_x_kernel<\d+>": {r"STG\.E\.128": 1},
+    r"gmm_matrix_statistics_kernel<\d+>": {r"HMMA\.1688\.F32\.TF32": 30, r"LDG\.E\.128": 1, r"LDGSTS\.E\..*128": 1},
 }
 
 
@@ -188,7 +197,7 @@ def disassembly(arch, kernels):
         local = sum(op.startswith(("LDL", "STL")) for op in code)
         if local and not allowed_local(name):
             yield f"sm_{arch} {name}: {local} accesses of local memory (LDL, STL)"
-        for pattern, wanted in ASKED.items():
+        for pattern, wanted in [*ASKED.items(), *(ASKED_80.items() if int(arch) >= 80 else ())]:
             if re.fullmatch(pattern, name):
                 for op, least in wanted.items():
                     count = sum(bool(re.match(op, o)) for o in code)
@@ -197,7 +206,7 @@ def disassembly(arch, kernels):
 
 
 def asked_for(found, wrong):
-    for pattern in [*ASKED, *LOCAL]:
+    for pattern in [*ASKED, *ASKED_80, *LOCAL]:
         for arch, kernels in found.items():
             if not any(re.search(pattern, name) for name in kernels):
                 wrong.append(f"sm_{arch}: no kernel is called {pattern}: a rule of check.py is out of date")
