@@ -50,11 +50,9 @@ template <int KT>
 constexpr int kForwardM = KT <= 8 ? 2 : 1;  // y takes 4 M KT registers
 
 template <int KT>
-__global__ void __launch_bounds__(kMatrixThreads, KT == 16  ? 2
-                                                  : KT == 8 ? 3
-                                                            : 4)
+__global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks<KT>)
     gmm_matrix_log_prob_kernel(GmmLogProb a, int capacity) {
-#if GMK_TF32
+  if (!GMK_TF32) return;
   constexpr int M = kForwardM<KT>;
   GMK_DYN_SHARED(bytes);
   const GmmInputs& in = a.in;
@@ -96,7 +94,6 @@ __global__ void __launch_bounds__(kMatrixThreads, KT == 16  ? 2
     if (kind.nan && any) r = bits_float(0x7fc00000u);
     if (mine < rest && (M == 2 || (threadIdx.x & 2) == 0)) static_cast<float*>(a.out)[b * in.n + first + mine] = r;
   }
-#endif
 }
 
 template <class T>

@@ -24,12 +24,14 @@ GMK_DEV float row_weight(float own, float square, float grad, float log_prob) {
 }
 
 template <int KT>
+constexpr int kPullBlocks = KT == 4 ? 4 : 2;
+template <int KT>
 constexpr int kPullM = KT <= 8 ? 2 : 1;  // y and grad_x take 8 M KT registers
 
 template <int KT>
-__global__ void __launch_bounds__(kMatrixThreads, KT == 4 ? 4 : 2)
+__global__ void __launch_bounds__(kMatrixThreads, kPullBlocks<KT>)
     gmm_matrix_grad_x_kernel(GmmLogProbBackward a, int capacity) {
-#if GMK_TF32
+  if (!GMK_TF32) return;
   constexpr int M = kPullM<KT>;
   GMK_DYN_SHARED(bytes);
   const GmmInputs& in = a.in;
@@ -105,7 +107,6 @@ __global__ void __launch_bounds__(kMatrixThreads, KT == 4 ? 4 : 2)
       for (int e = int(threadIdx.x); e < count * d; e += int(blockDim.x)) out[e] = tile[e / d * stride + e % d];
     }
   }
-#endif
 }
 
 // t = x - mean into a tile of `all` rows; zeros as in load_tile. The mean lies in the headers of the prepared steps.
@@ -146,11 +147,9 @@ GMK_DEV void weighted_fragment(uint32_t (&hi)[4], uint32_t (&lo)[4], const float
 }
 
 template <int KT>
-__global__ void __launch_bounds__(kMatrixThreads, KT == 16  ? 2
-                                                  : KT == 8 ? 3
-                                                            : 4)
+__global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks<KT>)
     gmm_matrix_statistics_kernel(GmmLogProbBackward a, double* all_sums, int64_t slabs, int rows, int pull) {
-#if GMK_TF32
+  if (!GMK_TF32) return;
   constexpr int kPairs = KT / 4, kShares = 4 / kPairs, kSlots = KT + 2, kPanel = 4;
   GMK_DYN_SHARED(bytes);
   const GmmInputs& in = a.in;
@@ -192,8 +191,8 @@ __global__ void __launch_bounds__(kMatrixThreads, KT == 16  ? 2
 #pragma unroll
           for (int q = 0; q < kSlots; ++q) {
             if (q == in_low) row = 16 * high + at.g, column = 16 * high + 2 * at.t;
-            double* const to = sums + 1 + features + row * features - row * (row + 1) / 2 +
-                               column;  // of (row, column); (row + 8, column):
+            // Where (row, column) is, and how far below it (row + 8, column).
+            double* const to = sums + 1 + features + row * features - row * (row + 1) / 2 + column;
             const int below = 8 * features - 8 * row - 36;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
@@ -278,7 +277,6 @@ __global__ void __launch_bounds__(kMatrixThreads, KT == 16  ? 2
     if (tid == 0) sums[0] = mass;
     if (tid < d) sums[1 + tid] = moment;
   }
-#endif
 }
 
 template <int KT>

@@ -21,6 +21,10 @@ namespace {
 
 constexpr int kHeader = 12, kBlock = 128;  // floats
 constexpr int kMatrixThreads = 128;
+template <int KT>  // blocks on a multiprocessor: KT = 8 x 8 tiles in a row of P at most
+constexpr int kMatrixBlocks = KT == 16  ? 2
+                              : KT == 8 ? 3
+                                        : 4;
 
 GMK_HD int step_offset(int tiles, int s) {
   const int first = s < tiles ? s : tiles, second = s - first;

@@ -9,7 +9,7 @@ _TYPES = reference.gmm.COVARIANCE_TYPES
 _TRAILING = {"full": 3, "tied": 2, "diag": 2, "spherical": 1}  # dimensions of precisions_cholesky after the batch
 _SHAPES = {"full": "[..., k, d, d]", "tied": "[..., d, d]", "diag": "[..., k, d]", "spherical": "[..., k]"}
 
-# CUDA: d for which full and tied covariances use tensor cores: below, plain arithmetic is as fast; above, tiles do not fit.
+# CUDA: d for which full and tied use tensor cores: below, plain arithmetic is as fast; above, tiles do not fit.
 _MATRIX_FEATURES = 8, 128
 # CUDA: row slabs whose sums are added in order. Their number depends on sizes only, not on the GPU: so does the result.
 _SLAB_ROWS, _MOST_SLABS, _SLAB_BYTES = 2048, 64, 24 << 20
