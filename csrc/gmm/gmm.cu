@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks<KT>)
     __syncthreads();
     load_tile(tile, stride, static_cast<const float*>(in.x) + b * in.x_stride + first * d,
               int(rest < rows ? rest : rows), rows, d, 8 * tiles);
-    Steps steps(static_cast<const float*>(a.scratch) + b * k * per, tile + rows * stride, capacity, tiles, tiles,
-                kChunkSteps<KT>, k * tiles);
+    Steps<false, kChunkSteps<KT>> steps(static_cast<const float*>(a.scratch) + b * k * per, tile + rows * stride,
+                                        capacity, tiles, k);
     float best = -infinity<float>(), sum = 0.0f;
     bool any = false;
     for (int c = 0; c < k; ++c) {

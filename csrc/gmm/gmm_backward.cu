@@ -145,7 +145,7 @@ GMK_DEV double second_moment(const double* sums, int64_t d, int64_t a, int64_t b
 }
 
 // a b, and 0 where a is 0: a component that is left out has sums 0, whatever its parameters hold.
-GMK_DEV double times(double a, double b) { return a == 0 ? 0 : a * b; }
+GMK_DEV double times(double a, double b) { return a * (a == 0 ? 0.0 : b); }
 
 // One gradient of P[row][column] from one component's statistics.
 template <class T>

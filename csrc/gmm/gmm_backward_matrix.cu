@@ -24,9 +24,14 @@ GMK_DEV float row_weight(float own, float square, float grad, float log_prob) {
 }
 
 template <int KT>
-constexpr int kPullBlocks = KT == 4 ? 4 : 2;
+constexpr int kPullBlocks = KT == 4 ? 3 : 2;
 template <int KT>
 constexpr int kPullM = KT <= 8 ? 2 : 1;  // y and grad_x take 8 M KT registers
+
+struct alignas(16) Kept {
+  float* out;
+  int rows;
+};
 
 template <int KT>
 __global__ void __launch_bounds__(kMatrixThreads, kPullBlocks<KT>)
@@ -38,15 +43,18 @@ __global__ void __launch_bounds__(kMatrixThreads, kPullBlocks<KT>)
   const int d = int(in.d), k = int(in.k), tiles = (d + 7) / 8, stride = 8 * tiles + 4;
   const int rows = int(blockDim.x) / 32 * 16 * M, warp_row = int(threadIdx.x) / 32 * 16 * M;
   const int mine = warp_row + own_row<M>();
-  float* const tile = reinterpret_cast<float*>(bytes);
+  // What is needed again after all components waits in shared memory: registers are scarce in between.
+  Kept* const kept = reinterpret_cast<Kept*>(bytes);
+  float* const tile = reinterpret_cast<float*>(bytes + sizeof(Kept));
   const int64_t blocks = (in.n + rows - 1) / rows, per = step_offset(tiles, 2 * tiles);
   for (int64_t job = blockIdx.x; job < in.b * blocks; job += gridDim.x) {
     const int64_t b = job / blocks, first = job % blocks * rows, rest = in.n - first;
     const int count = int(rest < rows ? rest : rows);
     __syncthreads();
+    if (threadIdx.x == 0) *kept = {static_cast<float*>(a.grad_x) + (b * in.n + first) * d, count};
     load_tile(tile, stride, static_cast<const float*>(in.x) + b * in.x_stride + first * d, count, rows, d, 8 * tiles);
-    Steps steps(static_cast<const float*>(a.prepared) + b * k * per, tile + rows * stride, capacity, tiles, 2 * tiles,
-                kChunkSteps<KT>, 2 * k * tiles);
+    Steps<true, kChunkSteps<KT>> steps(static_cast<const float*>(a.prepared) + b * k * per, tile + rows * stride,
+                                       capacity, tiles, k);
     float grad = 0.0f, log_prob = -infinity<float>();
     if (mine < count) {
       grad = static_cast<const float*>(a.grad)[b * in.n + first + mine];
@@ -99,12 +107,13 @@ __global__ void __launch_bounds__(kMatrixThreads, kPullBlocks<KT>)
           if (j < tiles)
             tile[(warp_row + 16 * m + at.g + 8 * (e >> 1)) * stride + 8 * j + 2 * at.t + (e & 1)] = pull[m][j][e];
     __syncthreads();
-    float* const out = static_cast<float*>(a.grad_x) + (b * in.n + first) * d;
+    float* const out = kept->out;
+    const int stored = kept->rows;
     if (d % 4 == 0 && aligned(out, 16)) {
-      for (int e = int(threadIdx.x); e < count * (d / 4); e += int(blockDim.x))
+      for (int e = int(threadIdx.x); e < stored * (d / 4); e += int(blockDim.x))
         store_pack(out + 4 * int64_t(e), load_pack<float, 4>(tile + e / (d / 4) * stride + 4 * (e % (d / 4))));
     } else {
-      for (int e = int(threadIdx.x); e < count * d; e += int(blockDim.x)) out[e] = tile[e / d * stride + e % d];
+      for (int e = int(threadIdx.x); e < stored * d; e += int(blockDim.x)) out[e] = tile[e / d * stride + e % d];
     }
   }
 }
@@ -285,7 +294,7 @@ Status launch_grad_x(const GmmLogProbBackward& a, void* stream) {
   const int64_t n = a.in.n;
   const int tiles = int(a.in.d + 7) / 8, warps = int(n >= 64 * M ? 4 : (n + 16 * M - 1) / (16 * M));
   const int rows = warps * 16 * M, capacity = chunk_floats(tiles, 2 * tiles, kChunkSteps<KT>);
-  const size_t bytes = (size_t(rows) * (8 * tiles + 4) + 2 * capacity) * sizeof(float);
+  const size_t bytes = sizeof(Kept) + (size_t(rows) * (8 * tiles + 4) + 2 * capacity) * sizeof(float);
   return GMK_LAUNCH((gmm_matrix_grad_x_kernel<KT>), grid_for(a.in.b * ((n + rows - 1) / rows), 1), 32 * warps, bytes,
                     stream, a, capacity);
 }

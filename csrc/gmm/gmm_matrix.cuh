@@ -65,16 +65,11 @@ GMK_DEV void multiply_add(float (&sum)[4], const uint32_t (&hi)[4], const uint32
 }
 
 // The prepared parameters of one mixture, step after step. All threads of a block take the same steps.
+template <bool pull, int per_chunk>
 class Steps {
  public:
-  GMK_DEV Steps(const float* from, float* buffers, int capacity, int tiles, int per_component, int per_chunk, int total)
-      : from_(from),
-        buffers_(buffers),
-        capacity_(capacity),
-        tiles_(tiles),
-        per_component_(per_component),
-        per_chunk_(per_chunk),
-        total_(total) {
+  GMK_DEV Steps(const float* from, float* buffers, int capacity, int tiles, int k)
+      : from_(from), buffers_(buffers), capacity_(capacity), tiles_(tiles), total_(k * per_component()) {
     copy();
   }
   // Shared memory that holds the next step, of `floats` numbers.
@@ -84,7 +79,7 @@ class Steps {
       __syncthreads();  // the chunk has come, and nobody reads the one before it any more
       at_ = buffers_ + odd_ * capacity_;
       odd_ ^= 1;
-      left_ = per_chunk_;
+      left_ = per_chunk;
       copy();
     }
     --left_;
@@ -94,13 +89,14 @@ class Steps {
   }
 
  private:
+  GMK_DEV int per_component() const { return pull ? 2 * tiles_ : tiles_; }
   GMK_DEV const float* address(int s) const {
-    return from_ + int64_t(s / per_component_) * step_offset(tiles_, per_component_) +
-           step_offset(tiles_, s % per_component_);
+    return from_ + int64_t(s / per_component()) * step_offset(tiles_, per_component()) +
+           step_offset(tiles_, s % per_component());
   }
   GMK_DEV void copy() {
     if (ahead_ >= total_) return;
-    const int end = ahead_ + per_chunk_ < total_ ? ahead_ + per_chunk_ : total_;
+    const int end = ahead_ + per_chunk < total_ ? ahead_ + per_chunk : total_;
     const float* const begin = address(ahead_);
     const int packs = int(address(end) - begin) / 4;
     float* const to = buffers_ + odd_ * capacity_;
@@ -110,7 +106,7 @@ class Steps {
   }
   const float* const from_;
   float* const buffers_;
-  const int capacity_, tiles_, per_component_, per_chunk_, total_;
+  const int capacity_, tiles_, total_;
   const float* at_ = nullptr;
   int ahead_ = 0, left_ = 0, odd_ = 0;
 };

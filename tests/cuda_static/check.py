@@ -42,7 +42,7 @@ ASKED = {
     r"diffusion_step_kernel<(float|.*bf16|.*f16), \d, true>": {r"LDG\.E\.128": 8, r"STG\.E\.128": 2},
     r"philox_fill_kernel<float>": {r"STG\.E\.128": 1},
     # four rows or four components' parameters at a time; grad_x leaves in whole packs
-    r"gmm_diagonal_(log_prob|grad_x|statistics)_kernel": {r"LDG\.E\.128": 1, r"LDS\.128": 8},
+    r"gmm_diagonal_(log_prob|grad_x|statistics)_kernel": {r"LDG\.E\.128": 1, r"LDS\.(U\.)?128": 8},
     r"gmm_diagonal_grad_x_kernel": {r"STG\.E\.128": 1},
 }
 # From sm_80 on: three products of tf32 for every block of P, and x and P straight to shared memory.
