@@ -144,15 +144,12 @@ GMK_DEV double second_moment(const double* sums, int64_t d, int64_t a, int64_t b
   return sums[1 + d + low * d - low * (low - 1) / 2 + high - low];
 }
 
-// a b, and 0 where a is 0: a component that is left out has sums 0, whatever its parameters hold.
-GMK_DEV double times(double a, double b) { return a * (a == 0 ? 0.0 : b); }
-
 // One gradient of P[row][column] from one component's statistics.
 template <class T>
 GMK_DEV double matrix_gradient(const double* sums, const T* p, int64_t d, int64_t row, int64_t column) {
   if (row > column) return 0;
   double g = 0;
-  for (int64_t i = 0; i <= column; ++i) g -= times(second_moment(sums, d, row, i), double(p[i * d + column]));
+  for (int64_t i = 0; i <= column; ++i) g -= second_moment(sums, d, row, i) * double(p[i * d + column]);
   if (row == column && sums[0] != 0) g += sums[0] / double(p[row * d + row]);
   return g;
 }
@@ -181,15 +178,16 @@ __global__ void __launch_bounds__(kRows) gmm_grad_parameters_kernel(GmmLogProbBa
       const int64_t c = i / d, f = i % d;
       const double* const s = mixture + c * count;
       double g = 0;
-      if (p.matrix()) {  // (P P^T s1)[f]
+      if (left_out(p, c)) {     // 0 times whatever it holds
+      } else if (p.matrix()) {  // (P P^T s1)[f]
         const T* const q = p.matrix_of(c);
         for (int64_t e = f; e < d; ++e) {
           double projected = 0;
-          for (int64_t r = 0; r <= e; ++r) projected += times(s[1 + r], double(q[r * d + e]));
-          g += times(projected, double(q[f * d + e]));
+          for (int64_t r = 0; r <= e; ++r) projected += s[1 + r] * double(q[r * d + e]);
+          g += double(q[f * d + e]) * projected;
         }
       } else {
-        g = times(s[1 + f], double(p.scale(c, f)));
+        g = double(p.scale(c, f)) * s[1 + f];
       }
       static_cast<T*>(a.grad_means)[b * k * d + i] = T(g);
       continue;
@@ -198,9 +196,10 @@ __global__ void __launch_bounds__(kRows) gmm_grad_parameters_kernel(GmmLogProbBa
     double g = 0;
     if (in.covariance == kFull) {
       const int64_t c = i / (d * d), row = i / d % d;
-      g = matrix_gradient(mixture + c * count, p.matrix_of(c), d, row, i % d);
+      if (!left_out(p, c)) g = matrix_gradient(mixture + c * count, p.matrix_of(c), d, row, i % d);
     } else if (in.covariance == kTied) {
-      for (int64_t c = 0; c < k; ++c) g += matrix_gradient(mixture + c * count, p.precisions, d, i / d, i % d);
+      for (int64_t c = 0; c < k; ++c)
+        if (!left_out(p, c)) g += matrix_gradient(mixture + c * count, p.precisions, d, i / d, i % d);
     } else {
       const int64_t c = in.covariance == kDiag ? i / d : i;
       const int64_t begin = in.covariance == kDiag ? i % d : 0, end = in.covariance == kDiag ? begin + 1 : d;

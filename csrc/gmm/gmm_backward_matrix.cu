@@ -29,7 +29,7 @@ template <int KT>
 constexpr int kPullM = KT <= 8 ? 2 : 1;  // y and grad_x take 8 M KT registers
 
 struct alignas(16) Kept {
-  float* out;
+  int64_t first;  // row, of all mixtures
   int rows;
 };
 
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kMatrixThreads, kPullBlocks<KT>)
     const int64_t b = job / blocks, first = job % blocks * rows, rest = in.n - first;
     const int count = int(rest < rows ? rest : rows);
     __syncthreads();
-    if (threadIdx.x == 0) *kept = {static_cast<float*>(a.grad_x) + (b * in.n + first) * d, count};
+    if (threadIdx.x == 0) *kept = {b * in.n + first, count};
     load_tile(tile, stride, static_cast<const float*>(in.x) + b * in.x_stride + first * d, count, rows, d, 8 * tiles);
     Steps<true, kChunkSteps<KT>> steps(static_cast<const float*>(a.prepared) + b * k * per, tile + rows * stride,
                                        capacity, tiles, k);
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kMatrixThreads, kPullBlocks<KT>)
           if (j < tiles)
             tile[(warp_row + 16 * m + at.g + 8 * (e >> 1)) * stride + 8 * j + 2 * at.t + (e & 1)] = pull[m][j][e];
     __syncthreads();
-    float* const out = kept->out;
+    float* const out = static_cast<float*>(a.grad_x) + kept->first * d;
     const int stored = kept->rows;
     if (d % 4 == 0 && aligned(out, 16)) {
       for (int e = int(threadIdx.x); e < stored * (d / 4); e += int(blockDim.x))

@@ -46,17 +46,21 @@ GMK_DEV Parameters<T> parameters(const GmmInputs& in, int64_t b) {
   return p;
 }
 
-// log weight + log|det P| - d/2 log 2 pi; -inf: the component is left out
+// A component of no weight, or with a zero on the diagonal of P, does not count, whatever else it holds.
+template <class T>
+GMK_DEV bool left_out(const Parameters<T>& p, int64_t c) {
+  bool yes = p.log_weights[c] == -infinity<T>();
+  for (int64_t f = 0; f < p.d; ++f) yes = yes || p.diagonal(c, f) == T(0);
+  return yes;
+}
+
+// log weight + log|det P| - d/2 log 2 pi; -inf where it is left out
 template <class T>
 GMK_DEV T constant(const Parameters<T>& p, int64_t c) {
+  if (left_out(p, c)) return -infinity<T>();
   double sum = double(p.log_weights[c]) - 0.91893853320467274178 * double(p.d);
-  bool dead = p.log_weights[c] == -infinity<T>();
-  for (int64_t f = 0; f < p.d; ++f) {
-    const T v = p.diagonal(c, f);
-    dead = dead || v == T(0);
-    sum += log(fabs(double(v)));
-  }
-  return dead ? -infinity<T>() : T(sum);
+  for (int64_t f = 0; f < p.d; ++f) sum += log(fabs(double(p.diagonal(c, f))));
+  return T(sum);
 }
 
 // A thread's row of x: in a shared tile (step = kRows) or in global memory (step = 1).
