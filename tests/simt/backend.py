@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -24,10 +25,12 @@ import torch
 
 from gmkernels import _call
 
+from . import SCHEDULES
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "simt"
-SCHEDULES = ("ascending", "descending", "random", "preempt")
+KINDS = ("ascending", "descending", "random", "preempt")  # of schedules, as scheduler.cpp numbers them
 WRAPPERS = ("prims.cuh", "cuda_language.h", "simt.h")  # a report names the line that called these
 
 
@@ -251,8 +254,9 @@ def _run(options, name, outs, ins, scalars):
     simt = module()
     with _lock, torch.no_grad():
         simt.reset()
-        simt.configure(*options)
-        schedule, _, check, blocks = options
+        schedule, check, blocks = options
+        kind, _, seed = schedule.partition(":")
+        simt.configure(KINDS.index(kind), int(seed or 0), check, blocks)
         try:
             buffers = _buffers(outs, ins)
             for buffer in buffers:
@@ -276,21 +280,24 @@ def _run(options, name, outs, ins, scalars):
         finally:
             simt.reset()
     if reports:
-        raise Reported(name, SCHEDULES[schedule], reports)
+        raise Reported(name, schedule, reports)
 
 
 @contextlib.contextmanager
-def running(schedule=None, seed=0, check=True, blocks=()):
+def running(schedule=None, check=True, blocks=()):
     """Kernel calls run in the emulator until the end of the scope.
 
-    schedule: "ascending", "descending", "random" (by `seed`), "preempt" (random, and threads are interrupted between
-    accesses); None: the environment's GMK_SIMT_SCHEDULE, or ascending. blocks: run only the blocks with these linear
-    indices, for tensors too large to run whole.
+    schedule: "ascending", "descending", "random", "preempt" (random, and threads are interrupted between accesses), the
+    last two with a seed if you like, "random:7"; None: the environment's GMK_SIMT_SCHEDULE, or ascending. blocks: run
+    only the blocks with these linear indices, for tensors too large to run whole.
     """
     simt = module()
-    schedule = schedule or os.environ.get("GMK_SIMT_SCHEDULE", "ascending")
+    schedule = schedule or os.environ.get("GMK_SIMT_SCHEDULE") or SCHEDULES[0]
+    if not re.fullmatch(rf"({'|'.join(KINDS)})(:\d+)?", schedule):
+        raise ValueError(f"schedule must be one of {', '.join(KINDS)}, or such a name with a seed, as random:7; "
+                         f"got {schedule!r}")
     before = _call.Kernel.backend
-    _call.Kernel.backend = functools.partial(_run, (SCHEDULES.index(schedule), seed, check, list(blocks)))
+    _call.Kernel.backend = functools.partial(_run, (schedule, check, list(blocks)))
     try:
         yield simt
     finally:

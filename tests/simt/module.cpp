@@ -21,7 +21,7 @@ PYBIND11_MODULE(_simt, m) {
 #undef GMK_FAMILY
   gmk::bind_bugs(m);
 
-  // schedule: 0 ascending, 1 descending, 2 random, 3 random with preemption. blocks: run only these, [] all.
+  // schedule: see Schedule. blocks: run only these, [] all.
   m.def("configure", [](int schedule, uint64_t seed, bool check, std::vector<unsigned> blocks) {
     machine.options = {Schedule(schedule), seed, check, std::move(blocks)};
   });
