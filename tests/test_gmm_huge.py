@@ -1,5 +1,5 @@
-"""gmm_log_prob and its gradients past 2^31: the last block of each launch, in the emulator. An index that loses its high
-bits is out of bounds, or finds other numbers."""
+"""gmm_log_prob and its gradients past 2^31: the last block of each launch, in the emulator. An index that loses its
+high bits is out of bounds, or finds other numbers."""
 
 import pytest
 import torch
@@ -68,6 +68,7 @@ def test_precisions_simt():
 def test_backward_simt(covariance_type):
     b, n, d = (2**10, 2**15 + 2**10, 66) if covariance_type == "diag" else (2**13, 2**15 + 2**10, 8)
     x, parameters = huge.periodic((b, n, d), FLOAT), mixture(b, 1, d, covariance_type)
+    parameters[0].add_(1.5 * d)  # so that densities are of the size of 1
     grad, log_prob = huge.periodic((b, n), FLOAT, seed=5), huge.periodic((b, n), FLOAT, seed=6)
     with backend.running(blocks=[-1]):
         grads = torch.ops.gmkernels.gmm_log_prob_backward(grad, log_prob, x, *parameters, covariance_type, True, True)

@@ -1,6 +1,6 @@
 """Tensors of many gigabytes that take a few megabytes of memory, for kernels whose indices pass 2^31.
 
-    x = huge.periodic((2**31 + 5, 2), torch.float16)        # 16 MB of normal numbers, over and over
+    x = huge.periodic((2**31 + 5, 2), torch.float16)        # 8 MB of normal numbers, over and over
     out = huge.empty((2**31 + 5, 2), torch.float16)         # memory only where it is written
     with backend.running(blocks=[-1]):                      # the last block of each launch
         op(x, out=out)
@@ -15,7 +15,7 @@ import weakref
 
 import torch
 
-PERIOD = 4096 * 4093  # bytes; the pages are a prime number, so that an index that has lost its high bits finds others
+PERIOD = 4096 * 2039  # bytes; the pages are a prime number, so that an index that has lost its high bits finds others
 _NORESERVE, _FIXED = 0x4000, 0x10
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p

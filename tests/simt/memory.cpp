@@ -229,7 +229,8 @@ void map_file(uintptr_t address, int file, size_t period) {
   if (region.low % kPage) abort();
   for (uintptr_t at = region.low; at < region.high; at += period) {
     const size_t bytes = std::min<size_t>(period, region.high - at);
-    if (mmap(reinterpret_cast<void*>(at), bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file, 0) == MAP_FAILED)
+    if (mmap(reinterpret_cast<void*>(at), bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file, 0) ==
+        MAP_FAILED)
       abort();
   }
   mapped = true;
