@@ -48,6 +48,8 @@ BUGS = {
     "divergent_barrier": ("barrier-divergence", (), 128),
     "exited_barrier": ("barrier-exited", (), 100),
     "deadlock": ("deadlock", (), 64),
+    "spin": ("spin", (), 128),
+    "endless_loop": ("spin", (), 64),
     "wrong_mask": ("warp-mask", (), 64),
     "inactive_source": ("shuffle-source", (), 64),
     "exited_lanes": ("warp-mask", (), 64),
@@ -126,6 +128,13 @@ def test_wrong_launch_is_an_error_as_in_cuda():
     assert not run("too_many_threads", False, 12)[1]
     with pytest.raises(RuntimeError, match="invalid configuration"):
         run("too_many_threads", True, 12)
+
+
+def test_more_threads_than_launch_bounds_is_an_error():
+    out, reports = run("launch_bounds", False, 64)
+    assert not reports and bool((out == 1).all())
+    with pytest.raises(RuntimeError, match=r"96 in a block, __launch_bounds__ says 64"):
+        run("launch_bounds", True, 96)
 
 
 def test_votes_and_shuffles():

@@ -18,6 +18,8 @@ namespace {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + tid;                 \
   GMK_UNUSED
 
+constexpr int kMostThreads = 64;
+
 // Memory ------------------------------------------------------------
 
 GMK_BUG_KERNEL(read_past_end) {
@@ -257,6 +259,24 @@ GMK_BUG_KERNEL(deadlock) {
   out[i] = x[i];
 }
 
+GMK_BUG_KERNEL(spin) {
+  GMK_SHARED(flag, int);
+  GMK_INDEX;
+  if (tid == 0) flag = 0;
+  __syncthreads();
+  if (tid == 63 && !bug) atomicExch(&flag, 1);
+  while (tid < 32 && atomicAdd(&flag, 0) == 0) {}  // BUG spin
+  out[i] = x[i];
+}
+
+GMK_BUG_KERNEL(endless_loop) {
+  GMK_INDEX;
+  const int64_t stride = bug ? 0 : 64;
+  float sum = 0.0f;
+  for (int64_t j = tid; j < n; j += stride) sum += 1.0f;  // BUG endless_loop
+  out[i] = x[i] + sum;
+}
+
 GMK_BUG_KERNEL(wrong_mask) {
   GMK_INDEX;
   const float other = __shfl_xor_sync(bug ? 0x0000ffffu : kFullWarp, x[i], 1);  // BUG wrong_mask
@@ -336,6 +356,8 @@ __global__ void mma_kernel(float* out, const float* x) {
   for (int j = 0; j < 4; ++j) out[4 * lane + j] = d[j];
 }
 
+__global__ void __launch_bounds__(kMostThreads, 2) bounded_kernel(float* out) { out[threadIdx.x] = 1.0f; }
+
 // out[0..4): what each kind of vote and reduction gives to lane 5 of a warp whose lane l brings l.
 __global__ void votes_kernel(float* out) {
   const int lane = int(threadIdx.x);
@@ -390,6 +412,8 @@ Status bug_cuda(const Bug& a, int, void* stream) {
   GMK_RUN(divergent_barrier);
   GMK_RUN(exited_barrier);
   GMK_RUN(deadlock);
+  GMK_RUN(spin);
+  GMK_RUN(endless_loop);
   GMK_RUN(wrong_mask);
   GMK_RUN(inactive_source);
   GMK_RUN(exited_lanes);
@@ -405,6 +429,7 @@ Status bug_cuda(const Bug& a, int, void* stream) {
   GMK_RUN_MMA("mma_f16", kMmaF16);
   GMK_RUN_MMA("mma_tf32", kMmaTf32);
   if (named("votes")) return GMK_LAUNCH((votes_kernel), 1, 32, 0, stream, a.out);
+  if (named("launch_bounds")) return GMK_LAUNCH((bounded_kernel), 1, a.bug ? 96 : 64, 0, stream, a.out);
   if (named("too_many_threads")) return GMK_LAUNCH((votes_kernel), 1, a.bug ? 2048 : 32, 0, stream, a.out);
   return "no kernel of that name";
 }

@@ -183,6 +183,8 @@ void access(uintptr_t address, size_t bytes, Kind kind, const void* pc) {
     if (!region->defined || kind != Kind::read) check_initialised(*region, address, bytes, kind, pc);
     if (region->cells) check_race(*region, address, bytes, kind, pc);
   }
+  if (kind == Kind::read) watch_read(address, pc);
+  if (kind == Kind::write) ++machine.progress;
   if (machine.options.schedule == Schedule::preempt) preempt_point();
 }
 
