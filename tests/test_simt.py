@@ -25,6 +25,7 @@ BUGS = {
     "local_past_end": ("out-of-bounds", (), 64),
     "dynamic_shared_past_end": ("out-of-bounds", (), 64),
     "copy_past_end": ("out-of-bounds", ("race",), 64),
+    "atomic_past_end": ("out-of-bounds", ("unwritten-output",), 64),
     "misaligned_vector": ("misaligned", (), 128),
     "misaligned_double": ("misaligned", (), 64),
     "uninitialised_output": ("uninitialised", (), 128),
@@ -32,6 +33,7 @@ BUGS = {
     "write_to_input": ("write-to-input", (), 128),
     "unwritten": ("unwritten-output", (), 128),
     "write_between": ("write-between", (), 64),
+    "too_much_shared": ("bad-launch", (), 64),
     "host_read": ("host-pointer", (), 64),
     "host_write": ("host-pointer", (), 64),
     "null_pointer": ("host-pointer", (), 64),
@@ -53,11 +55,18 @@ BUGS = {
     "wrong_mask": ("warp-mask", (), 64),
     "inactive_source": ("shuffle-source", (), 64),
     "exited_lanes": ("warp-mask", (), 64),
+    "vote_mask": ("warp-mask", (), 64),
     "mma_with_half_a_warp": ("warp-mask", ("mma-mask",), 64),
     "missing_wait": ("uninitialised", ("race",), 64),
     "wait_without_barrier": ("race", ("uninitialised",), 64),
     "copies_never_waited": ("async-not-waited", (), 64),
+    "async_past_end": ("out-of-bounds", (), 64),
+    "async_misaligned": ("misaligned", (), 64),
+    "async_overwrites": ("race", ("uninitialised",), 64),
 }
+USES_STATE = {"missing_fence", "plain_counter", "atomic_past_end"}
+COPIES = {name for name in BUGS if name.startswith("async_")} | {"missing_wait", "wait_without_barrier",
+                                                                  "copies_never_waited"}
 PLACELESS = {"unwritten-output", "write-between", "crash", "async-not-waited"}  # no single line is to blame
 
 
@@ -65,10 +74,10 @@ def run(name, bug, n, schedule="ascending"):
     """One kernel of bugs.cu on x = 0, 1, 2, ...: its output, and its reports."""
     x = torch.arange(max(n, 256), dtype=torch.float32)[:n].clone()
     host = torch.ones(n)
-    state = torch.zeros(1, dtype=torch.int32) if name in ("missing_fence", "plain_counter") else None
+    state = torch.zeros(1, dtype=torch.int32) if name in USES_STATE else None
     out = torch.full((2 * n if name == "write_between" else n,), -1.0)
     out = out[::2] if name == "write_between" else out
-    if name in ("missing_wait", "wait_without_barrier", "copies_never_waited"):
+    if name in COPIES:
         x = torch.arange(256, dtype=torch.float32)
     reports = []
     with backend.running(schedule):

@@ -76,6 +76,12 @@ GMK_BUG_KERNEL(copy_past_end) {
   if (i == 0) memcpy(out, x + 2, size_t(n - (bug ? 1 : 2)) * 4);  // BUG copy_past_end
 }
 
+GMK_BUG_KERNEL(atomic_past_end) {
+  GMK_INDEX;
+  out[i] = x[i];
+  atomicAdd(state + (bug ? 1 : 0), 1u);  // BUG atomic_past_end
+}
+
 GMK_BUG_KERNEL(misaligned_vector) {
   GMK_INDEX;
   if (4 * i + 4 < n) store_pack(out + 4 * i, load_pack<float, 4>(x + 4 * i + (bug ? 1 : 0)));  // BUG misaligned_vector
@@ -116,6 +122,15 @@ GMK_BUG_KERNEL(write_between) {  // out has a stride of two elements
   GMK_INDEX;
   if (i < n) out[2 * i] = x[i];
   if (bug && i + 1 < n) out[2 * i + 1] = x[i];
+}
+
+GMK_BUG_KERNEL(too_much_shared) {  // with the bug, launched with 227 KiB
+  GMK_DYN_SHARED(raw);
+  GMK_INDEX;
+  raw[tid] = 1;
+  GMK_SHARED(tile, float[64]);  // BUG too_much_shared
+  tile[tid] = x[i];
+  out[i] = tile[tid] * raw[tid];
 }
 
 GMK_BUG_KERNEL(host_read) {
@@ -297,6 +312,12 @@ GMK_BUG_KERNEL(exited_lanes) {
   out[i] = __shfl_xor_sync(bug ? kFullWarp : 0x0000ffffu, x[i], 1);  // BUG exited_lanes
 }
 
+GMK_BUG_KERNEL(vote_mask) {
+  GMK_INDEX;
+  const int all = __all_sync(bug ? 0x0000ffffu : kFullWarp, x[i] >= 0.0f);  // BUG vote_mask
+  out[i] = float(all);
+}
+
 GMK_BUG_KERNEL(mma_with_half_a_warp) {
   GMK_INDEX;
   out[i] = x[i];
@@ -336,6 +357,39 @@ GMK_BUG_KERNEL(copies_never_waited) {
   cp_async_commit();
   if (!bug) cp_async_wait<0>();
   out[i] = x[i];
+}
+
+GMK_BUG_KERNEL(async_past_end) {
+  GMK_SHARED(tile, float[256]);
+  GMK_INDEX;
+  cp_async16(tile + 4 * tid, x + 4 * tid + (bug ? 4 : 0));  // BUG async_past_end
+  cp_async_commit();
+  cp_async_wait<0>();
+  out[i] = tile[4 * tid];
+}
+
+GMK_BUG_KERNEL(async_misaligned) {
+  GMK_SHARED(tile, float[256]);
+  GMK_INDEX;
+  cp_async16(tile + 4 * tid, x + tid / 4 * 4 + (bug ? 1 : 0));  // BUG async_misaligned
+  cp_async_commit();
+  cp_async_wait<0>();
+  out[i] = tile[4 * tid];
+}
+
+GMK_BUG_KERNEL(async_overwrites) {  // what others may still read
+  GMK_SHARED(tile, float[256]);
+  GMK_INDEX;
+  cp_async16(tile + 4 * tid, x + 4 * tid);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  const float v = tile[255 - tid];
+  if (!bug) __syncthreads();
+  cp_async16(tile + 4 * tid, x + 4 * tid);  // BUG async_overwrites
+  cp_async_commit();
+  cp_async_wait<0>();
+  out[i] = v;
 }
 
 // Not bugs: primitives against their models ------------------------------------------------------------
@@ -381,6 +435,9 @@ Status bug_cuda(const Bug& a, int, void* stream) {
   if (named(#name))                                                                                                    \
     return a.bug ? GMK_LAUNCH((name##_kernel<true>), grid_for(a.n, 64), 64, 256, stream, a.out, a.state, a.x, a.host, a.n) \
                  : GMK_LAUNCH((name##_kernel<false>), grid_for(a.n, 64), 64, 256, stream, a.out, a.state, a.x, a.host, a.n)
+  if (named("too_much_shared") && a.bug)
+    return GMK_LAUNCH((too_much_shared_kernel<true>), 1, 64, 227 << 10, stream, a.out, a.state, a.x, a.host, a.n);
+  GMK_RUN(too_much_shared);
   GMK_RUN(read_past_end);
   GMK_RUN(write_past_end);
   GMK_RUN(read_before_start);
@@ -389,6 +446,7 @@ Status bug_cuda(const Bug& a, int, void* stream) {
   GMK_RUN(local_past_end);
   GMK_RUN(dynamic_shared_past_end);
   GMK_RUN(copy_past_end);
+  GMK_RUN(atomic_past_end);
   GMK_RUN(misaligned_vector);
   GMK_RUN(misaligned_double);
   GMK_RUN(uninitialised_output);
@@ -417,10 +475,14 @@ Status bug_cuda(const Bug& a, int, void* stream) {
   GMK_RUN(wrong_mask);
   GMK_RUN(inactive_source);
   GMK_RUN(exited_lanes);
+  GMK_RUN(vote_mask);
   GMK_RUN(mma_with_half_a_warp);
   GMK_RUN(missing_wait);
   GMK_RUN(wait_without_barrier);
   GMK_RUN(copies_never_waited);
+  GMK_RUN(async_past_end);
+  GMK_RUN(async_misaligned);
+  GMK_RUN(async_overwrites);
 #define GMK_RUN_MMA(name, type)                                                                   \
   if (named(name))                                                                                \
     return a.bug ? GMK_LAUNCH((mma_kernel<type, true>), 1, 32, 0, stream, a.out, a.x)             \
