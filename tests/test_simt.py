@@ -119,6 +119,15 @@ def test_the_same_kernel_without_the_bug_is_clean(name, schedule):
     assert not (out == -1).any()
 
 
+def test_every_kind_of_report_has_a_planted_bug_and_a_line_in_the_docs():
+    root = Path(__file__).parents[1]
+    code = "".join(p.read_text() for p in (root / "tests" / "simt").iterdir() if p.suffix in (".cpp", ".py"))
+    kinds = set(re.findall(r'\b[rR]eport\(\s*"([a-z-]+)"', code))
+    assert len(kinds) >= 18
+    assert kinds == {kind for kind, *_ in BUGS.values()} | {kind for _, also, _ in BUGS.values() for kind in also}
+    assert kinds == set(re.findall(r"^\| `([a-z-]+)` \|", (root / "docs" / "emulator.md").read_text(), re.M))
+
+
 def test_report_tells_what_an_author_needs():
     _, reports = run("missing_second_barrier", True, 64)
     report = next(r for r in reports if "write after an unordered read" in r.message)
