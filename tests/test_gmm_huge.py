@@ -38,6 +38,20 @@ def test_x_simt(covariance_type, k, d):
     cases.close(out[at], want, rtol=1e-5, atol=1e-4)
 
 
+def test_mixtures_simt():
+    b, n, d = 2**10, 2**15 + 2**10, 64
+    x, out = huge.periodic((b, n, d), FLOAT), huge.empty((b, n), FLOAT)
+    parameters = mixture(b, 1, d, "diag")
+    with backend.running(blocks=[-1]):
+        ops.gmm_log_prob(x, *parameters, "diag", out=out)
+        at = backend.written(out)
+    at = torch.cat([at[::97], at[-100:]])
+    assert at[-1] * d >= 2**31
+    own = (t[at // n].double() for t in parameters)
+    want = reference.gmm.gmm_log_prob(x.view(-1, 1, d)[at].double(), *own, "diag")[:, 0]
+    cases.close(out.flatten()[at], want, rtol=1e-5, atol=1e-4)
+
+
 def test_rows_simt():
     n = 2**31 + 2**23
     x, out = huge.periodic((n, 1), FLOAT), huge.empty((n,), FLOAT)
