@@ -34,7 +34,8 @@ class GaussianMixture(Distribution):
     r"""A mixture of k Gaussians on R^d: ``p(x) = sum_k softmax(logits)_k N(x; loc_k, Sigma_k)``.
 
     ``log_prob`` is :func:`gmkernels.ops.gmm_log_prob`: one kernel, nothing of size ``n x k`` in memory, derivatives
-    of any order for the value and all parameters. Compare ``MixtureSameFamily(Categorical(...), MultivariateNormal(...))``.
+    of any order for the value and all parameters. The torch form of it is
+    ``MixtureSameFamily(Categorical(...), MultivariateNormal(...))``.
 
     Args:
         logits: unnormalised log weights ``[..., k]``; ``-inf`` leaves a component out.
