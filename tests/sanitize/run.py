@@ -4,19 +4,21 @@
     python tests/sanitize/run.py thread      TSan                 (make sanitize-thread)
 
 The module is built without CUDA into build/sanitize/<which>; the sanitizer's run time is preloaded, because neither
-Python nor torch has it. First the canaries: calls that are wrong by their addresses must be reported, else nothing below
-means anything. Then tests/test_<family>*.py, CPU only, two tests at a time, without those that spend their time outside
-of our kernels (ELSEWHERE).
+Python nor torch has it. First the canaries: calls that are wrong by their addresses must be reported, else nothing
+below means anything. Then tests/test_<family>*.py, CPU only, two tests at a time, without those that spend their time
+outside of our kernels (ELSEWHERE).
 
 address: torch's allocations come from ASan's malloc, so that one byte past a tensor is seen. Leaks are not looked for:
 Python and torch never free everything. All instruction sets with ASan, the base one with UBSan too; there all the tests
 run, on the wider ones those that go through shapes (the `isa` fixture has taken the others there already).
 
-thread: the base instruction set, in which TSan sees every access. OpenMP is tests/sanitize/openmp.cpp, because TSan cannot see libgomp's barriers, and every team has all its
-threads however small the work. A driver in C++ would need its own list of shapes and arguments for each op; in Python
-the tests are the driver, and a new family is covered by existing. Python and torch are not instrumented, so
-tsan.supp silences what torch's own threads copy. AVX-512's masked loads and stores are not seen by either
-sanitizer (GCC instruments no masked access): the same tests on the base instruction set see those tails.
+thread: the base instruction set, in which TSan sees every access. OpenMP is tests/sanitize/openmp.cpp, because TSan
+cannot see libgomp's barriers, and every team has all its threads however small the work. A driver in C++ would need its
+own list of shapes and arguments for each op; in Python the tests are the driver, and a new family is covered by
+existing. Python and torch are not instrumented, so tsan.supp silences what torch's own threads copy.
+
+AVX-512's masked loads and stores are not seen by either sanitizer (GCC instruments no masked access): the same tests on
+the base instruction set see those tails.
 """
 
 import argparse
@@ -43,8 +45,8 @@ OPTIONS = {
 }
 LIBRARIES = {"address": ("libasan.so", "libubsan.so", "libstdc++.so"), "thread": ("libtsan.so", "libstdc++.so")}
 
-# Inductor's g++ would run under the sanitizer too, and makes no code of ours; gradcheck is thousands of calls at one shape,
-# which other tests of gradients have; the rest is torch, a peer or a child process.
+# Inductor's g++ would run under the sanitizer too, and makes no code of ours; gradcheck is thousands of calls at one
+# shape, which other tests of gradients have; the rest is torch, a peer or a child process.
 ELSEWHERE = ("simt", "cuda", "huge", "emulator", "compile", "opcheck", "gradcheck", "second_derivatives", "diffusers",
              "scikit_learn", "nothing_of_size")
 
