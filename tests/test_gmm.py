@@ -209,7 +209,8 @@ DIAGONAL_SHAPES = [(257, 1, 1), (9, 4, 17), (70, 5, 16), (129, 8, 9), (65, 33, 5
 def test_tiles_of_rows_and_components(device, covariance_type, monkeypatch):
     monkeypatch.setattr(gmm_module, "_SLAB_ROWS", 40)
     for n, d, k in DIAGONAL_SHAPES if device.simt else [*DIAGONAL_SHAPES, (300, 128, 3), (300, 129, 3)]:
-        check(mixture(n, d, k, covariance_type, F32, device.torch), covariance_type)
+        rtol = 4e-4 if d > 100 else None  # densities down to e^-900: float32 knows exp(component - lp) to 1e-4
+        check(mixture(n, d, k, covariance_type, F32, device.torch), covariance_type, rtol=rtol)
 
 
 @pytest.mark.parametrize("covariance_type", ["full", "tied"])
