@@ -25,6 +25,7 @@ PYBIND11_MODULE(_simt, m) {
   m.def("configure", [](int schedule, uint64_t seed, bool check, std::vector<unsigned> blocks) {
     machine.options = {Schedule(schedule), seed, check, std::move(blocks)};
   });
+  m.def("has_mma", [](bool on) { set_has_mma(on); });
   m.def("reset", [] {
     free_all();
     machine.reports.clear();
