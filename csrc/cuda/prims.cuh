@@ -92,7 +92,7 @@ template <class T, int n>
 struct alignas(n * sizeof(T) <= 16 ? n * sizeof(T) : 16) Pack {
   T v[n];
 };
-GMK_DEV bool aligned(const void* p, size_t bytes) {
+GMK_HD bool aligned(const void* p, size_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % (bytes < 16 ? bytes : 16) == 0;
 }
 template <class T, int n>

@@ -85,7 +85,7 @@ struct Image {
   bool nhwc, whole;  // whole: pieces are 16 aligned bytes of one pixel
 };
 template <class T>
-GMK_DEV Image<T> image_of(const void* data, bool nhwc, int64_t c, int64_t h, int64_t w) {
+GMK_HD Image<T> image_of(const void* data, bool nhwc, int64_t c, int64_t h, int64_t w) {
   Image<T> m;
   m.data = static_cast<const T*>(data);
   m.stride_b = c * h * w;

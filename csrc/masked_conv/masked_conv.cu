@@ -24,6 +24,12 @@ constexpr int kPlanes = kIsFloat<T> ? 2 : 1;
 template <class T>
 constexpr int kStages = kIsFloat<T> ? 2 : 3;
 
+#ifdef GMK_SIMT
+constexpr int kBusy = 0;  // so that small cases see all kernels
+#else
+constexpr int kBusy = 132;  // blocks: a multiprocessor of an H200 each
+#endif
+
 struct Sizes {
   int64_t pixels, depth, chunks, panels;  // depth: all k
 };
@@ -147,44 +153,24 @@ GMK_DEV void multiply_mma(Accumulators<T>& acc, const unsigned char* image, cons
       }
     }
 #pragma unroll
-    for (int n = 0; n < 8; n += 2) {
-      float sum[2][M][4] = {};
-      Words high[2], low[2];
+    for (int n = 0; n < 8; ++n) {
+      if (n % 2 == 0) __syncwarp();  // else ptxas fetches several columns ahead, and spills
+      const Words high = words(own + n * 8 * kRowBytes), low = words(own + n * 8 * kRowBytes + kPanelBytes);
+      float sum[2][M][4] = {};  // four chains, so that the tensor cores need not wait for one
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        high[e] = words(own + (n + e) * 8 * kRowBytes);
-        low[e] = words(own + (n + e) * 8 * kRowBytes + kPanelBytes);
-      }
+      for (int part = 0; part < 3; ++part)
 #pragma unroll
-      for (int step = 0; step < 2; ++step) {
+        for (int step = 0; step < 2; ++step) {
+          const Words& from = part == 1 ? low : high;
+          const uint32_t w[2] = {from.v[2 * step], from.v[2 * step + 1]};
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
+          for (int m = 0; m < M; ++m)
+            mma_tf32(sum[step][m], part == 0 ? lo[step][m] : part == 1 ? finite[step][m] : hi[step][m], w, sum[step][m]);
+        }
 #pragma unroll
-          for (int m = 0; m < M; ++m) {
-            const uint32_t w[2] = {high[e].v[2 * step], high[e].v[2 * step + 1]};
-            mma_tf32(sum[e][m], lo[step][m], w, sum[e][m]);
-          }
+      for (int m = 0; m < M; ++m)
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
-#pragma unroll
-          for (int m = 0; m < M; ++m) {
-            const uint32_t w[2] = {low[e].v[2 * step], low[e].v[2 * step + 1]};
-            mma_tf32(sum[e][m], finite[step][m], w, sum[e][m]);
-          }
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-#pragma unroll
-          for (int m = 0; m < M; ++m) {
-            const uint32_t w[2] = {high[e].v[2 * step], high[e].v[2 * step + 1]};
-            mma_tf32(sum[e][m], hi[step][m], w, sum[e][m]);
-          }
-      }
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-#pragma unroll
-        for (int m = 0; m < M; ++m)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) acc[m][n + e][i] += sum[e][m][i];
+        for (int i = 0; i < 4; ++i) acc[m][n][i] += sum[0][m][i] + sum[1][m][i];
     }
   } else {
     Words rows[V];
@@ -276,8 +262,9 @@ GMK_DEV void finish(const MaskedConv& a, const Sum<T>* staged, int threads, int6
   }
 }
 
-template <class T, int down, int across>
-__global__ void __launch_bounds__(Tile<T, down, across>::kThreads) masked_conv2d_kernel(MaskedConv a) {
+// whole: the image comes by cp.async. Two kernels, for the registers of both ways at once would spill.
+template <class T, int down, int across, bool whole>
+__global__ void __launch_bounds__(32 * down * across, 1) masked_conv2d_kernel(MaskedConv a) {
   using S = Tile<T, down, across>;
   constexpr int V = kVector<T>, stages = kStages<T>;
   GMK_DYN_SHARED(bytes);
@@ -293,52 +280,57 @@ __global__ void __launch_bounds__(Tile<T, down, across>::kThreads) masked_conv2d
   for (int i = tid; i < S::kPixels; i += S::kThreads) places[i] = place_of(image, first_pixel + i, s.pixels);
   __syncthreads();
 
-  // Piece u of a thread: neighbouring threads along k where memory is contiguous in that, else along pixels.
-  const int first_piece = image.nhwc ? tid % 4 : tid / S::kPixels;
-  const auto pixel_of = [&](int u) {
-    const int e = tid + u * S::kThreads, row = e / 4;  // rows of shared memory, so that neighbours are free of conflicts
-    return image.nhwc ? row / (8 * V) * (8 * V) + row % 8 * V + row % (8 * V) / 8 : e % S::kPixels;
+  // Pieces of a thread: neighbouring threads along k where memory is contiguous in that, else along pixels.
+  const unsigned char* const packed = static_cast<const unsigned char*>(a.workspace) + tid * 16;
+  Column next = column_of((whole || image.nhwc ? tid % 4 : tid / S::kPixels) * V, image.channels, a.taps.count);
+  const auto copy = [&](int64_t chunk) {  // asynchronously: the weight, and the image where it is whole
+    unsigned char* const stage = bytes + chunk % stages * S::kStageBytes;
+    if constexpr (whole) {
+#pragma unroll
+      for (int u = 0; u < S::kPieces; ++u) {
+        // in the order of shared memory: neighbours are free of conflicts
+        const int row = tid / 4 + u * (S::kThreads / 4), pixel = row / (8 * V) * (8 * V) + row % 8 * V + row % (8 * V) / 8;
+        copy_piece(stage + slot_of<T>(pixel, tid % 4), image, places[pixel], taps, a.taps.count, next);
+      }
+      advance(next, kChunk<T>, image.channels);
+    }
+    constexpr int size = kPlanes<T> * kPanelBytes;
+#pragma unroll
+    for (int panel = 0; panel < across; ++panel) {  // past the last one: any, for nobody stores what it makes
+      const int64_t own = first_panel + panel < s.panels ? first_panel + panel : first_panel;
+#pragma unroll
+      for (int i = 0; i < size; i += S::kThreads * 16)
+        cp_async16(stage + S::kImageBytes + panel * size + i + tid * 16, packed + (own * s.chunks + chunk) * size + i);
+    }
   };
-  const auto piece_of = [&](int u) { return image.nhwc ? tid % 4 : (tid + u * S::kThreads) / S::kPixels; };
-  Column next = column_of(first_piece * V, image.channels, a.taps.count);  // of the chunk to be fetched next
-  const unsigned char* const packed = static_cast<const unsigned char*>(a.workspace);
-  Pack<T, V> pieces[S::kPieces];
-
-  const auto fetch = [&](int64_t chunk) {
+  const auto collect = [&](int64_t chunk) {  // the image where it is not
     unsigned char* const stage = bytes + chunk % stages * S::kStageBytes;
     Column k = next;
-    int piece = first_piece;
+    int last_piece = image.nhwc ? tid % 4 : tid / S::kPixels;
 #pragma unroll
-    for (int u = 0; u < S::kPieces; ++u) {
-      const int pixel = pixel_of(u);
-      for (; piece < piece_of(u); ++piece) advance(k, V, image.channels);
-      if (image.whole)
-        copy_piece(stage + slot_of<T>(pixel, piece), image, places[pixel], taps, a.taps.count, k);
-      else
+    for (int u0 = 0; u0 < S::kPieces; u0 += 4) {
+      Pack<T, V> pieces[4];
+      int slots[4];
+#pragma unroll
+      for (int u = 0; u < 4 && u0 + u < S::kPieces; ++u) {
+        const int e = tid + (u0 + u) * S::kThreads, pixel = image.nhwc ? e / 4 : e % S::kPixels;
+        const int piece = image.nhwc ? tid % 4 : e / S::kPixels;
+        for (; last_piece < piece; ++last_piece) advance(k, V, image.channels);
         pieces[u] = gather(image, places[pixel], taps, a.taps.count, k, false);
+        slots[u] = slot_of<T>(pixel, piece);
+      }
+#pragma unroll
+      for (int u = 0; u < 4 && u0 + u < S::kPieces; ++u) store_pack(reinterpret_cast<T*>(stage + slots[u]), pieces[u]);
     }
     advance(next, kChunk<T>, image.channels);
-#pragma unroll
-    for (int i = tid * 16; i < S::kWeightBytes; i += S::kThreads * 16) {
-      constexpr int size = kPlanes<T> * kPanelBytes;
-      const int64_t panel = first_panel + i / size;
-      cp_async16(stage + S::kImageBytes + i, packed + (panel * s.chunks + chunk) * size + i % size);
-    }
-  };
-  const auto put = [&](int64_t chunk) {
-    if (image.whole) return;
-    unsigned char* const stage = bytes + chunk % stages * S::kStageBytes;
-#pragma unroll
-    for (int u = 0; u < S::kPieces; ++u) 
-      store_pack(reinterpret_cast<T*>(stage + slot_of<T>(pixel_of(u), piece_of(u))), pieces[u]);
   };
 
   Accumulators<T> acc = {};
 #pragma unroll 1
   for (int64_t chunk = 0; chunk < stages - 1; ++chunk) {
     if (chunk < s.chunks) {
-      fetch(chunk);
-      put(chunk);
+      copy(chunk);
+      if constexpr (!whole) collect(chunk);
     }
     cp_async_commit();
   }
@@ -347,7 +339,7 @@ __global__ void __launch_bounds__(Tile<T, down, across>::kThreads) masked_conv2d
     cp_async_wait<stages - 2>();
     __syncthreads();  // what the other threads copied is there, and all have left the stage that comes next
     const int64_t coming = chunk + stages - 1;
-    if (coming < s.chunks) fetch(coming);
+    if (coming < s.chunks) copy(coming);
     cp_async_commit();
     const unsigned char* const stage = bytes + chunk % stages * S::kStageBytes;
     const unsigned char* const rows = stage + warp_row * (8 * V * kRowBytes);
@@ -360,7 +352,8 @@ __global__ void __launch_bounds__(Tile<T, down, across>::kThreads) masked_conv2d
     } else {
       multiply_plain<T>(acc, rows, columns);
     }
-    if (coming < s.chunks) put(coming);
+    if constexpr (!whole)
+      if (coming < s.chunks) collect(coming);
   }
 
   constexpr int lines = kLines<T>, parts = V / lines, pairs = kWarpColumns / (8 * V);
@@ -387,13 +380,14 @@ __global__ void __launch_bounds__(Tile<T, down, across>::kThreads) masked_conv2d
   }
 }
 
-template <class T, int down, int across>
+template <class T, int down, int across, bool whole>
 Status convolve(const MaskedConv& a, const Sizes& s, void* stream) {
   using S = Tile<T, down, across>;
   const int64_t blocks = (s.pixels + S::kPixels - 1) / S::kPixels * ((s.panels + across - 1) / across);
   if (blocks > 0x7fffffff) return "more blocks than a launch can have";
-  return GMK_LAUNCH((masked_conv2d_kernel<T, down, across>), dim3(unsigned(blocks)), S::kThreads,
-                    S::kBytes + S::kPixels * sizeof(Place) + size_t(a.taps.count) * sizeof(Tap), stream, a);
+  const size_t bytes = S::kBytes + S::kPixels * sizeof(Place) + size_t(a.taps.count) * sizeof(Tap);
+  return GMK_LAUNCH((masked_conv2d_kernel<T, down, across, whole>), dim3(unsigned(blocks)), S::kThreads, bytes, stream,
+                    a);
 }
 template <class T>
 Status forward(const MaskedConv& a, void* stream) {
@@ -403,11 +397,15 @@ Status forward(const MaskedConv& a, void* stream) {
   if (all)
     if (const Status status = GMK_LAUNCH((masked_conv2d_pack_kernel<T>), grid_for(all, 256), 256, 0, stream, a))
       return status;
-  // Two panels a block read the image half as often; one panel a block where there are few blocks, or an odd panel.
-  constexpr int down = kIsFloat<T> || !kHasMma<T> ? 4 : 2;
-  if constexpr (kHasMma<T>)
-    if (s.panels % 2 == 0 && s.pixels / 128 * (s.panels / 2) >= 132) return convolve<T, down, 2>(a, s, stream);
-  return convolve<T, down, 1>(a, s, stream);
+  if constexpr (!kHasMma<T>) {
+    return convolve<T, 4, 1, false>(a, s, stream);
+  } else {
+    constexpr int down = kIsFloat<T> ? 4 : 2;
+    if (!image_of<T>(a.x, a.x_nhwc, a.c_in, a.h, a.w).whole) return convolve<T, down, 2, false>(a, s, stream);
+    // Two panels a block read the image half as often; one panel a block where blocks are few, or an odd panel is left.
+    const bool wide = s.panels % 2 == 0 && s.pixels / 128 * (s.panels / 2) >= kBusy;
+    return wide ? convolve<T, down, 2, true>(a, s, stream) : convolve<T, down, 1, true>(a, s, stream);
+  }
 }
 
 }  // namespace
