@@ -153,24 +153,32 @@ GMK_DEV void multiply_mma(Accumulators<T>& acc, const unsigned char* image, cons
       }
     }
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      if (n % 2 == 0) __syncwarp();  // else ptxas fetches several columns ahead, and spills
-      const Words high = words(own + n * 8 * kRowBytes), low = words(own + n * 8 * kRowBytes + kPanelBytes);
+    for (int n = 0; n < 8; n += 2) {
+      Words high[2], low[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        high[e] = words(own + (n + e) * 8 * kRowBytes);
+        low[e] = words(own + (n + e) * 8 * kRowBytes + kPanelBytes);
+      }
       float sum[2][M][4] = {};  // four chains, so that the tensor cores need not wait for one
 #pragma unroll
-      for (int part = 0; part < 3; ++part)
+      for (int step = 0; step < 2; ++step)
 #pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          const Words& from = part == 1 ? low : high;
-          const uint32_t w[2] = {from.v[2 * step], from.v[2 * step + 1]};
+        for (int part = 0; part < 3; ++part)
 #pragma unroll
-          for (int m = 0; m < M; ++m)
-            mma_tf32(sum[step][m], part == 0 ? lo[step][m] : part == 1 ? finite[step][m] : hi[step][m], w, sum[step][m]);
-        }
+          for (int e = 0; e < 2; ++e) {
+            const Words& from = part == 1 ? low[e] : high[e];
+            const uint32_t w[2] = {from.v[2 * step], from.v[2 * step + 1]};
 #pragma unroll
-      for (int m = 0; m < M; ++m)
+            for (int m = 0; m < M; ++m)
+              mma_tf32(sum[e][m], part == 0 ? lo[step][m] : part == 1 ? finite[step][m] : hi[step][m], w, sum[e][m]);
+          }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) acc[m][n][i] += sum[0][m][i] + sum[1][m][i];
+      for (int e = 0; e < 2; ++e)
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[m][n + e][i] += sum[e][m][i];
     }
   } else {
     Words rows[V];
@@ -281,10 +289,15 @@ __global__ void __launch_bounds__(32 * down * across, 1) masked_conv2d_kernel(Ma
   __syncthreads();
 
   // Pieces of a thread: neighbouring threads along k where memory is contiguous in that, else along pixels.
-  const unsigned char* const packed = static_cast<const unsigned char*>(a.workspace) + tid * 16;
+  constexpr int weight_size = kPlanes<T> * kPanelBytes;
+  const unsigned char* packed[across];  // of the chunk to be fetched next
+#pragma unroll
+  for (int i = 0; i < across; ++i) {  // past the last panel: any, for nobody stores what it makes
+    const int64_t panel = first_panel + i < s.panels ? first_panel + i : first_panel;
+    packed[i] = static_cast<const unsigned char*>(a.workspace) + panel * s.chunks * weight_size + tid * 16;
+  }
   Column next = column_of((whole || image.nhwc ? tid % 4 : tid / S::kPixels) * V, image.channels, a.taps.count);
-  const auto copy = [&](int64_t chunk) {  // asynchronously: the weight, and the image where it is whole
-    unsigned char* const stage = bytes + chunk % stages * S::kStageBytes;
+  const auto copy = [&](unsigned char* stage) {  // asynchronously: the weight, and the image where it is whole
     if constexpr (whole) {
 #pragma unroll
       for (int u = 0; u < S::kPieces; ++u) {
@@ -294,17 +307,15 @@ __global__ void __launch_bounds__(32 * down * across, 1) masked_conv2d_kernel(Ma
       }
       advance(next, kChunk<T>, image.channels);
     }
-    constexpr int size = kPlanes<T> * kPanelBytes;
 #pragma unroll
-    for (int panel = 0; panel < across; ++panel) {  // past the last one: any, for nobody stores what it makes
-      const int64_t own = first_panel + panel < s.panels ? first_panel + panel : first_panel;
+    for (int panel = 0; panel < across; ++panel) {
 #pragma unroll
-      for (int i = 0; i < size; i += S::kThreads * 16)
-        cp_async16(stage + S::kImageBytes + panel * size + i + tid * 16, packed + (own * s.chunks + chunk) * size + i);
+      for (int i = 0; i < weight_size; i += S::kThreads * 16)
+        cp_async16(stage + S::kImageBytes + panel * weight_size + i + tid * 16, packed[panel] + i);
+      packed[panel] += weight_size;
     }
   };
-  const auto collect = [&](int64_t chunk) {  // the image where it is not
-    unsigned char* const stage = bytes + chunk % stages * S::kStageBytes;
+  const auto collect = [&](unsigned char* stage) {  // the image where it is not
     Column k = next;
     int last_piece = image.nhwc ? tid % 4 : tid / S::kPixels;
 #pragma unroll
@@ -326,24 +337,24 @@ __global__ void __launch_bounds__(32 * down * across, 1) masked_conv2d_kernel(Ma
   };
 
   Accumulators<T> acc = {};
+  const int chunks = int(s.chunks);
 #pragma unroll 1
-  for (int64_t chunk = 0; chunk < stages - 1; ++chunk) {
-    if (chunk < s.chunks) {
-      copy(chunk);
-      if constexpr (!whole) collect(chunk);
+  for (int chunk = 0; chunk < stages - 1; ++chunk) {
+    if (chunk < chunks) {
+      copy(bytes + chunk * S::kStageBytes);
+      if constexpr (!whole) collect(bytes + chunk * S::kStageBytes);
     }
     cp_async_commit();
   }
+  unsigned char *stage = bytes, *coming = bytes + (stages - 1) * S::kStageBytes;
 #pragma unroll 1
-  for (int64_t chunk = 0; chunk < s.chunks; ++chunk) {
+  for (int left = chunks; left > 0; --left) {
     cp_async_wait<stages - 2>();
     __syncthreads();  // what the other threads copied is there, and all have left the stage that comes next
-    const int64_t coming = chunk + stages - 1;
-    if (coming < s.chunks) copy(coming);
+    if (left >= stages) copy(coming);
     cp_async_commit();
-    const unsigned char* const stage = bytes + chunk % stages * S::kStageBytes;
     const unsigned char* const rows = stage + warp_row * (8 * V * kRowBytes);
-    const unsigned char* const columns = stage + S::kImageBytes + warp_panel * (kPlanes<T> * kPanelBytes);
+    const unsigned char* const columns = stage + S::kImageBytes + warp_panel * weight_size;
     if constexpr (kHasMma<T>) {
       if (has_mma())
         multiply_mma<T>(acc, rows, columns);
@@ -353,7 +364,10 @@ __global__ void __launch_bounds__(32 * down * across, 1) masked_conv2d_kernel(Ma
       multiply_plain<T>(acc, rows, columns);
     }
     if constexpr (!whole)
-      if (coming < s.chunks) collect(coming);
+      if (left >= stages) collect(coming);
+    coming = stage;  // free after the next barrier
+    stage += S::kStageBytes;
+    if (stage == bytes + S::kBytes) stage = bytes;
   }
 
   constexpr int lines = kLines<T>, parts = V / lines, pairs = kWarpColumns / (8 * V);
@@ -384,7 +398,7 @@ template <class T, int down, int across, bool whole>
 Status convolve(const MaskedConv& a, const Sizes& s, void* stream) {
   using S = Tile<T, down, across>;
   const int64_t blocks = (s.pixels + S::kPixels - 1) / S::kPixels * ((s.panels + across - 1) / across);
-  if (blocks > 0x7fffffff) return "more blocks than a launch can have";
+  if (blocks > 0x7fffffff || s.chunks > 0x7fffffff) return "more blocks or chunks than a kernel can have";
   const size_t bytes = S::kBytes + S::kPixels * sizeof(Place) + size_t(a.taps.count) * sizeof(Tap);
   return GMK_LAUNCH((masked_conv2d_kernel<T, down, across, whole>), dim3(unsigned(blocks)), S::kThreads, bytes, stream,
                     a);
