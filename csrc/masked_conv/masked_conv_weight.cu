@@ -143,107 +143,149 @@ GMK_DEV void multiply_mma(Accumulators<T>& acc, const unsigned char* image, cons
   }
 }
 
-template <class T, int down, int across>
-__global__ void __launch_bounds__(32 * down * across) masked_conv2d_products_kernel(MaskedConvWeight a) {
+// The pixels of a chunk, P = kChunk<T> of x and the same of grad; thread i < 2 P keeps entry i and moves it on by a chunk.
+template <class T>
+struct Walk {
+  int64_t image = 0, left = 0;
+  int y = 0, x = 0;
+
+  GMK_DEV void start(const Image<T>& m, int64_t pixel, int64_t last) {
+    left = last - pixel;
+    if (left <= 0) return;
+    const int64_t area = int64_t(m.h) * m.w, in = pixel % area;
+    image = pixel / area;
+    y = int(in / m.w);
+    x = int(in % m.w);
+  }
+  GMK_DEV Place place(const Image<T>& m) const {
+    return Place{left > 0 ? image * m.stride_b + y * m.stride_y + x * m.stride_x : -1, y, x};
+  }
+  GMK_DEV void advance(const Image<T>& m, int by) {
+    if ((left -= by) <= 0) return;
+    x += by;
+    while (x >= m.w) {
+      x -= m.w;
+      if (++y == m.h) {
+        y = 0;
+        ++image;
+      }
+    }
+  }
+};
+
+// whole: both factors come by cp.async. Two kernels, for the registers of both ways at once would spill.
+template <class T, int down, int across, bool whole>
+__global__ void __launch_bounds__(32 * down * across, 1) masked_conv2d_products_kernel(MaskedConvWeight a) {
   using S = Tile<T, down, across>;
-  constexpr int V = kVector<T>, chunk_pixels = kChunk<T>;
+  constexpr int V = kVector<T>, P = kChunk<T>;
   GMK_DYN_SHARED(bytes);
-  Place* const places = reinterpret_cast<Place*>(bytes + S::kBytes);  // [2][image, grad][chunk_pixels]
-  Tap* const taps = reinterpret_cast<Tap*>(places + 4 * chunk_pixels);
+  Place* const places = reinterpret_cast<Place*>(bytes + S::kBytes);  // [2][x, grad][P]
+  Tap* const taps = reinterpret_cast<Tap*>(places + 4 * P);           // and a last one that is the pixel itself
   const int64_t pixels = a.b * a.h * a.w, rows = a.taps.count * a.c_in, group = blockIdx.z;
   const int64_t first = pixels * group / a.groups, last = pixels * (group + 1) / a.groups;
-  const int64_t first_row = int64_t(blockIdx.x) * S::kRows, first_column = int64_t(blockIdx.y) * S::kColumns;
+  const int64_t first_row = int64_t(blockIdx.x) * S::kRows;
+  const int first_column = int(blockIdx.y) * S::kColumns, count = a.taps.count;
   const int tid = int(threadIdx.x), warp = tid / 32, warp_row = warp % down, warp_column = warp / down;
   const Image<T> image = image_of<T>(a.x, a.x_nhwc, a.c_in, a.h, a.w);
   const Image<T> grad = image_of<T>(a.grad, a.grad_nhwc, a.c_out, a.h, a.w);
-  make_taps(taps + 1, a.taps, image, S::kThreads);
-  if (tid == 0) taps[0] = Tap{0, 0, 0};  // what grad is read with
+  make_taps(taps, a.taps, image, S::kThreads);
+  if (tid == 0) taps[count] = Tap{0, 0, 0};
 
-  const auto locate = [&](int64_t chunk) {
-    if (tid >= 2 * chunk_pixels) return;
-    const int64_t pixel = first + chunk * chunk_pixels + tid % chunk_pixels;
-    places[chunk % 2 * (2 * chunk_pixels) + tid] =
-        tid < chunk_pixels ? place_of(image, pixel, last) : place_of(grad, pixel, last);
+  Walk<T> walk;
+  walk.start(image, first + tid % P, last);
+  Place *here = places, *there = places + 2 * P;
+  const auto locate = [&](Place* to) {
+    if (tid < 2 * P) {
+      const Place p = walk.place(image), q = walk.place(grad);
+      to[tid] = tid < P ? p : q;
+      walk.advance(image, P);
+    }
   };
-  // Piece u of a thread: along channels where memory is contiguous in them, else along pixels.
-  const auto part = [&](bool nhwc, int slots, int u, int& pixel, int& slot) {
-    const int e = tid + u * S::kThreads;
-    pixel = nhwc ? e / slots : e % chunk_pixels;
-    slot = nhwc ? e % slots : e / chunk_pixels;
+  // Pieces of a thread: neighbouring threads along channels where memory is contiguous in them, else along pixels.
+  constexpr int row_slots = 8 * down, column_slots = 8 * S::kLines * across;
+  const auto pixel_of = [&](bool nhwc, int slots, int u) {
+    return whole || nhwc ? (tid + u * S::kThreads) / slots : (tid + u * S::kThreads) % P;
   };
-  constexpr int image_slots = 8 * down, grad_slots = 8 * S::kLines * across;
-  Column row[S::kImagePieces];
-#pragma unroll
-  for (int u = 0; u < S::kImagePieces; ++u) {
-    int pixel, slot;
-    part(image.nhwc, image_slots, u, pixel, slot);
-    row[u] = column_of(first_row + slot * V, image.channels, a.taps.count);
-  }
-  Pack<T, V> xs[S::kImagePieces], ys[S::kGradPieces];
-  const auto fetch = [&](int64_t chunk) {
-    unsigned char* const stage = bytes + chunk % kStages * S::kStageBytes;
-    const Place* const here = places + chunk % 2 * (2 * chunk_pixels);
-    int pixel, slot;
+  const auto slot_at = [&](bool nhwc, int slots, int u) {
+    return whole || nhwc ? (tid + u * S::kThreads) % slots : (tid + u * S::kThreads) / P;
+  };
+  const Column own = column_of(first_row + tid % row_slots * V, image.channels, count);  // where whole
+  const auto copy = [&](unsigned char* stage) {
 #pragma unroll
     for (int u = 0; u < S::kImagePieces; ++u) {
-      part(image.nhwc, image_slots, u, pixel, slot);
-      if (image.whole && row[u].tap < a.taps.count)
-        copy_piece(stage + slot_of(S::kBlockBytes, pixel, slot), image, here[pixel], taps + 1, a.taps.count, row[u]);
-      else
-        xs[u] = gather(image, here[pixel], taps + 1, a.taps.count, row[u], true);
+      const int pixel = pixel_of(true, row_slots, u);
+      unsigned char* const to = stage + slot_of(S::kBlockBytes, pixel, slot_at(true, row_slots, u));
+      if (own.tap < count) {
+        copy_piece(to, image, here[pixel], taps, count, own);
+      } else {  // ones, then zeros
+        Pack<T, V> piece{};
+        if (own.tap == count && own.channel == 0 && here[pixel].base >= 0) piece.v[0] = FromSum<T>::of(1);
+        store_pack(reinterpret_cast<T*>(to), piece);
+      }
     }
 #pragma unroll
     for (int u = 0; u < S::kGradPieces; ++u) {
-      part(grad.nhwc, grad_slots, u, pixel, slot);
-      const int64_t channel = first_column + slot * V;
-      const Column k{channel < a.c_out ? 0 : 1, int(channel)};
-      if (grad.whole)
-        copy_piece(stage + S::kImageBytes + slot_of(S::kBlockBytes, pixel, slot), grad, here[chunk_pixels + pixel], taps,
-                   1, k);
-      else
-        ys[u] = gather(grad, here[chunk_pixels + pixel], taps, 1, k, false);
+      const int pixel = pixel_of(true, column_slots, u), slot = slot_at(true, column_slots, u);
+      const Column k{first_column + slot * V < a.c_out ? 0 : 1, first_column + slot * V};
+      copy_piece(stage + S::kImageBytes + slot_of(S::kBlockBytes, pixel, slot), grad, here[P + pixel], taps + count, 1, k);
     }
   };
-  const auto put = [&](int64_t chunk) {
-    unsigned char* const stage = bytes + chunk % kStages * S::kStageBytes;
-    int pixel, slot;
+  const auto collect = [&](unsigned char* stage) {
+    Pack<T, V> pieces[S::kImagePieces > S::kGradPieces ? S::kImagePieces : S::kGradPieces];
 #pragma unroll
     for (int u = 0; u < S::kImagePieces; ++u) {
-      part(image.nhwc, image_slots, u, pixel, slot);
-      if (image.whole && row[u].tap < a.taps.count) continue;
-      store_pack(reinterpret_cast<T*>(stage + slot_of(S::kBlockBytes, pixel, slot)), xs[u]);
+      const Column k = column_of(first_row + slot_at(image.nhwc, row_slots, u) * V, image.channels, count);
+      pieces[u] = gather(image, here[pixel_of(image.nhwc, row_slots, u)], taps, count, k, true);
     }
-    if (grad.whole) return;
+#pragma unroll
+    for (int u = 0; u < S::kImagePieces; ++u) {
+      const int pixel = pixel_of(image.nhwc, row_slots, u), slot = slot_at(image.nhwc, row_slots, u);
+      store_pack(reinterpret_cast<T*>(stage + slot_of(S::kBlockBytes, pixel, slot)), pieces[u]);
+    }
 #pragma unroll
     for (int u = 0; u < S::kGradPieces; ++u) {
-      part(grad.nhwc, grad_slots, u, pixel, slot);
-      store_pack(reinterpret_cast<T*>(stage + S::kImageBytes + slot_of(S::kBlockBytes, pixel, slot)), ys[u]);
+      const int channel = first_column + slot_at(grad.nhwc, column_slots, u) * V;
+      const Column k{channel < a.c_out ? 0 : 1, channel};
+      pieces[u] = gather(grad, here[P + pixel_of(grad.nhwc, column_slots, u)], taps + count, 1, k, false);
+    }
+#pragma unroll
+    for (int u = 0; u < S::kGradPieces; ++u) {
+      const int pixel = pixel_of(grad.nhwc, column_slots, u), slot = slot_at(grad.nhwc, column_slots, u);
+      store_pack(reinterpret_cast<T*>(stage + S::kImageBytes + slot_of(S::kBlockBytes, pixel, slot)), pieces[u]);
     }
   };
+  const auto turn = [&] {
+    Place* const next = here;
+    here = there;
+    there = next;
+  };
 
-  const int64_t chunks = (last - first + chunk_pixels - 1) / chunk_pixels;
+  const int chunks = int((last - first + P - 1) / P);
   Accumulators<T> acc = {};
+  locate(here);
+  __syncthreads();
 #pragma unroll 1
-  for (int64_t chunk = 0; chunk < kStages - 1; ++chunk) {
-    locate(chunk);
-    __syncthreads();
+  for (int chunk = 0; chunk < kStages - 1; ++chunk) {
     if (chunk < chunks) {
-      fetch(chunk);
-      put(chunk);
+      if constexpr (whole)
+        copy(bytes + chunk * S::kStageBytes);
+      else
+        collect(bytes + chunk * S::kStageBytes);
     }
     cp_async_commit();
-  }
-  __syncthreads();
-  locate(kStages - 1);
-#pragma unroll 1
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    cp_async_wait<kStages - 2>();
+    locate(there);
+    turn();
     __syncthreads();
-    const int64_t coming = chunk + kStages - 1;
-    if (coming < chunks) fetch(coming);
+  }
+  unsigned char *stage = bytes, *coming = bytes + (kStages - 1) * S::kStageBytes;
+#pragma unroll 1
+  for (int left = chunks; left > 0; --left) {
+    cp_async_wait<kStages - 2>();
+    __syncthreads();  // what the other threads copied is there, and all have left the stage and the places that come next
+    if constexpr (whole)
+      if (left >= kStages) copy(coming);
     cp_async_commit();
-    locate(coming + 1);
-    const unsigned char* const stage = bytes + chunk % kStages * S::kStageBytes;
+    locate(there);
     const unsigned char* const lines = stage + warp_row * S::kBlockBytes;
     const unsigned char* const grads = stage + S::kImageBytes + warp_column * (S::kLines * S::kBlockBytes);
     if constexpr (kHasMma<T>) {
@@ -254,12 +296,17 @@ __global__ void __launch_bounds__(32 * down * across) masked_conv2d_products_ker
     } else {
       multiply_plain<T>(acc, lines, grads);
     }
-    if (coming < chunks) put(coming);
+    if constexpr (!whole)
+      if (left >= kStages) collect(coming);
+    turn();
+    coming = stage;  // free after the next barrier
+    stage += S::kStageBytes;
+    if (stage == bytes + S::kBytes) stage = bytes;
   }
 
   constexpr int E = int(16 / sizeof(Sum<T>));
   Sum<T>* const out = static_cast<Sum<T>*>(a.workspace) + group * (rows + 1) * a.c_out;
-  const bool whole = a.c_out % E == 0 && aligned(a.workspace, 16);
+  const bool together = a.c_out % E == 0 && aligned(a.workspace, 16);
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     const int64_t r = first_row + warp_row * (8 * V) + lane_g() * V + j;
@@ -268,11 +315,11 @@ __global__ void __launch_bounds__(32 * down * across) masked_conv2d_products_ker
     for (int line = 0; line < S::kLines; ++line)
 #pragma unroll
       for (int v = 0; v < 2 * V; v += E) {
-        const int64_t column = first_column + warp_column * kWarpColumns + line * (8 * V) + lane_t() * (2 * V) + v;
+        const int column = first_column + warp_column * kWarpColumns + line * (8 * V) + lane_t() * (2 * V) + v;
         Pack<Sum<T>, E> z;
 #pragma unroll
         for (int e = 0; e < E; ++e) z.v[e] = acc[j / 2][line * V + (v + e) % V][2 * (j % 2) + (v + e) / V];
-        if (whole) {
+        if (together) {
           if (column < a.c_out) store_pack(out + r * a.c_out + column, z);
         } else {
 #pragma unroll
@@ -309,17 +356,29 @@ __global__ void __launch_bounds__(256) masked_conv2d_sum_groups_kernel(MaskedCon
   }
 }
 
+template <class T, int down, int across, bool whole>
+Status products(const MaskedConvWeight& a, void* stream) {
+  using S = Tile<T, down, across>;
+  const int64_t rows = a.taps.count * a.c_in + 1, row_tiles = (rows + S::kRows - 1) / S::kRows;
+  const int64_t column_tiles = (a.c_out + S::kColumns - 1) / S::kColumns;
+  if (row_tiles > 0x7fffffff || column_tiles > 65535 || a.b * a.h * a.w / a.groups > int64_t(0x7fffffff) * kChunk<T>)
+    return "more blocks or chunks than a kernel can have";
+  const dim3 grid(unsigned(row_tiles), unsigned(column_tiles), unsigned(a.groups));
+  const size_t bytes = S::kBytes + 4 * kChunk<T> * sizeof(Place) + size_t(a.taps.count + 1) * sizeof(Tap);
+  return GMK_LAUNCH((masked_conv2d_products_kernel<T, down, across, whole>), grid, S::kThreads, bytes, stream, a);
+}
 template <class T>
 Status gradient(const MaskedConvWeight& a, void* stream) {
-  constexpr int down = kIsFloat<T> || !kHasMma<T> ? 4 : 2, across = kHasMma<T> ? 2 : 1;
-  using S = Tile<T, down, across>;
-  const int64_t rows = a.taps.count * a.c_in + 1, columns = (a.c_out + S::kColumns - 1) / S::kColumns;
-  if (columns > 65535) return "more output channels than a launch can have";
-  const dim3 grid(unsigned((rows + S::kRows - 1) / S::kRows), unsigned(columns), unsigned(a.groups));
-  const size_t bytes = S::kBytes + 4 * kChunk<T> * sizeof(Place) + size_t(a.taps.count + 1) * sizeof(Tap);
-  if (const Status status = GMK_LAUNCH((masked_conv2d_products_kernel<T, down, across>), grid, S::kThreads, bytes,
-                                       stream, a))
-    return status;
+  Status status;
+  if constexpr (!kHasMma<T>) {
+    status = products<T, 4, 1, false>(a, stream);
+  } else {
+    constexpr int down = kIsFloat<T> ? 4 : 2;
+    const bool whole = image_of<T>(a.x, a.x_nhwc, a.c_in, a.h, a.w).whole &&
+                       image_of<T>(a.grad, a.grad_nhwc, a.c_out, a.h, a.w).whole;
+    status = whole ? products<T, down, 2, true>(a, stream) : products<T, down, 2, false>(a, stream);
+  }
+  if (status) return status;
   return GMK_LAUNCH((masked_conv2d_sum_groups_kernel<T>), grid_for(a.c_out * (a.c_in + 1), 256), 256, 0, stream, a);
 }
 
