@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gmkernels import ops
+from simt import SCHEDULES
 
 backend = pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
 
@@ -58,7 +59,7 @@ BUGS = {
 PLACELESS = {"unwritten-output", "write-between", "crash", "async-not-waited"}  # no single line is to blame
 
 
-def run(name, bug, n, schedule="ascending", seed=0):
+def run(name, bug, n, schedule="ascending"):
     """One kernel of bugs.cu on x = 0, 1, 2, ...: its output, and its reports."""
     x = torch.arange(max(n, 256), dtype=torch.float32)[:n].clone()
     host = torch.ones(n)
@@ -68,7 +69,7 @@ def run(name, bug, n, schedule="ascending", seed=0):
     if name in ("missing_wait", "wait_without_barrier", "copies_never_waited"):
         x = torch.arange(256, dtype=torch.float32)
     reports = []
-    with backend.running(schedule, seed=seed):
+    with backend.running(schedule):
         try:
             backend._call.Kernel.backend("bug", (out, state), (x, state), (host.data_ptr(), n, name, bug))
         except backend.Reported as error:
@@ -83,7 +84,7 @@ def line_of(name):
     return f"tests/simt/bugs.cu:{line}"
 
 
-@pytest.mark.parametrize("schedule", backend.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bug_is_reported(name, schedule):
     kind, also, n = BUGS[name]
@@ -98,11 +99,11 @@ def test_planted_bug_is_reported(name, schedule):
         assert first.kernel == f"{name}_kernel<true>" and len(first.block) == len(first.thread) == 3
 
 
-@pytest.mark.parametrize("schedule", backend.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", BUGS)
 def test_the_same_kernel_without_the_bug_is_clean(name, schedule):
     n = BUGS[name][2]
-    out, reports = run(name, False, n, schedule, seed=3)
+    out, reports = run(name, False, n, schedule)
     assert not reports
     assert not (out == -1).any()
 
@@ -178,14 +179,23 @@ def test_backend_is_restored_after_an_error():
 
 
 def test_schedules_repeat_exactly_and_differ():
-    def switches(schedule, seed):
-        with backend.running(schedule, seed) as simt:
+    def switches(schedule):
+        with backend.running(schedule) as simt:
             simt.counters()
             ops.philox_normal((300,), seed=0)
             return simt.counters()
 
-    assert switches("preempt", 1) == switches("preempt", 1)
-    assert switches("preempt", 1) != switches("preempt", 2)
+    assert switches("preempt:1") == switches("preempt:1")
+    assert switches("preempt:1") != switches("preempt:2")
+
+
+@pytest.mark.parametrize("wrong", ["upwards", "random:", "random:x", "ascending,descending"])
+def test_unknown_schedule_is_an_error(wrong, monkeypatch):
+    with pytest.raises(ValueError, match="schedule must be one of ascending, .* got '" + wrong), backend.running(wrong):
+        pass
+    monkeypatch.setenv("GMK_SIMT_SCHEDULE", wrong)
+    with pytest.raises(ValueError, match="schedule must be one of"), backend.running():
+        pass
 
 
 def test_unchecked_runs_report_nothing():

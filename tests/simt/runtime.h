@@ -41,8 +41,10 @@ struct Region {
   bool defined;    // every byte is initialised, so nobody looks at `state`
   uint8_t* state;  // per byte: kInitialised, kWritten
   Cell* cells;     // per four bytes; nullptr for read-only memory, where nobody can race
+  uint8_t* pages;  // per page of the buffer: has it been written?
 };
 enum : uint8_t { kInitialised = 1, kWritten = 2 };
+constexpr size_t kPage = 4096;
 
 struct Copy {  // a cp.async in flight
   char* to;
@@ -80,7 +82,7 @@ struct Options {
   Schedule schedule = Schedule::ascending;
   uint64_t seed = 0;
   bool check = true;
-  std::vector<unsigned> blocks;  // run only these; empty: all
+  std::vector<int64_t> blocks;  // run only these, negative ones from the last; empty: all
 };
 struct Report {
   std::string kind, kernel, message;
@@ -106,7 +108,7 @@ struct Machine {
   uint3 block_index;
   uint32_t block;  // linear
   int threads, live;
-  uint32_t launch, block_serial, epoch;
+  uint32_t launch, first_launch, block_serial, epoch;  // first_launch: of this call
   uint64_t time, random_state;
   bool aborted;  // this launch cannot go on
   const void* closure;
@@ -129,6 +131,8 @@ bool inside(uintptr_t address, size_t bytes);  // all of it in one region
 void begin_block_memory();
 size_t shared_bytes_used();
 uintptr_t allocate(size_t bytes, size_t phase, const std::string& name, bool read_only);
+void map_file(uintptr_t address, int file, size_t period);  // its bytes, over and over, from the start of the region
+std::vector<std::pair<size_t, size_t>> written_ranges(const Region& region);  // [first, past the last) byte
 void free_all();
 
 // race.cpp

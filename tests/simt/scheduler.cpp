@@ -218,8 +218,11 @@ class CrashGuard {
 
 void run_grid() {
   const uint64_t total = uint64_t(machine.grid.x) * machine.grid.y * machine.grid.z;
-  std::vector<unsigned> order = machine.options.blocks;
-  order.erase(std::remove_if(order.begin(), order.end(), [&](unsigned b) { return b >= total; }), order.end());
+  std::vector<unsigned> order;
+  for (const int64_t b : machine.options.blocks) {
+    const uint64_t from_start = uint64_t(b < 0 ? b + int64_t(total) : b);
+    if (from_start < total) order.push_back(unsigned(from_start));
+  }
   if (machine.options.blocks.empty())
     for (uint64_t b = 0; b < total; ++b) order.push_back(unsigned(b));
   if (machine.options.schedule == Schedule::descending) std::reverse(order.begin(), order.end());
