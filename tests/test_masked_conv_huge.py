@@ -10,6 +10,7 @@ from gmkernels import ops
 backend = pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
 huge = backend.huge
 FLOAT = torch.float32
+PACKING = [*range(64), -1]  # all blocks of the kernel that packs the weights
 
 
 def images(b, c, h, w, nhwc, seed):
@@ -44,7 +45,7 @@ def test_forward_simt(c_in, c_out, nhwc):
     b = 2**31 // (max(c_in, c_out) * h * w) + 2**19 // max(c_in, c_out)
     x = images(b, c_in, h, w, nhwc, seed=1)
     weight, bias = cases.data(c_out, c_in, 1, 3, dtype=FLOAT, seed=2), cases.data(c_out, dtype=FLOAT, seed=3)
-    with backend.running(blocks=[-1]):
+    with backend.running(blocks=PACKING):
         out = ops.masked_conv2d(x, weight, bias, mask_type="A")
         at = some(backend.written(out))
     i, o, y, column = indices(out, at, nhwc)
@@ -57,7 +58,7 @@ def test_gradient_for_x_simt(nhwc):
     h, w, c_in, c_out = 64, 64, 4096, 2
     b = 2**31 // (c_in * h * w) + 2**19 // c_in
     grad, weight = images(b, c_out, h, w, nhwc, seed=1), cases.data(c_out, c_in, 1, 3, dtype=FLOAT, seed=2)
-    with backend.running(blocks=[-1]):
+    with backend.running(blocks=PACKING):
         dx = torch.ops.gmkernels.masked_conv2d_backward_input(grad, weight, [0], [1, 1])
         at = some(backend.written(dx))
     i, c, y, column = indices(dx, at, nhwc)

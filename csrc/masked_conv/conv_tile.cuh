@@ -71,6 +71,13 @@ struct FromSum<double> {
 template <class T>
 using Accumulators = Sum<T>[kVector<T> / 2][8][4];
 
+// Sides and channels are int32, with room for a tile; everything that counts elements is int64.
+constexpr const char* kTooLarge = "a side or a number of channels near 2^31";
+inline bool fits(int64_t h, int64_t w, int64_t c_in, int64_t c_out) {
+  const int64_t most = 0x7fff0000;
+  return h < most && w < most && c_in < most && c_out < most;
+}
+
 // the image as a matrix ------------------------------------------------------------------------------------------------
 
 struct Tap {
@@ -121,7 +128,8 @@ GMK_DEV void make_taps(Tap* table, const Taps& taps, const Image<T>& m, int thre
 }
 template <class T>
 GMK_DEV bool inside(const Image<T>& m, const Place& p, const Tap& tap) {
-  return p.base >= 0 && unsigned(p.y + tap.dy) < unsigned(m.h) && unsigned(p.x + tap.dx) < unsigned(m.w);
+  const unsigned y = unsigned(p.y) + unsigned(tap.dy), x = unsigned(p.x) + unsigned(tap.dx);
+  return p.base >= 0 && y < unsigned(m.h) && x < unsigned(m.w);
 }
 
 struct Column {  // k = tap * c_in + channel

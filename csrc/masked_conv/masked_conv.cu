@@ -409,7 +409,7 @@ Status forward(const MaskedConv& a, void* stream) {
   const int64_t all = s.panels * s.chunks * (kWarpColumns * kChunk<T>);
   if (all * kPlanes<T> > a.workspace_size) return "the workspace is too small";
   if (all)
-    if (const Status status = GMK_LAUNCH((masked_conv2d_pack_kernel<T>), grid_for(all, 256), 256, 0, stream, a))
+    if (const Status status = GMK_LAUNCH((masked_conv2d_pack_kernel<T>), grid_for(all, 4 * 256), 256, 0, stream, a))
       return status;
   if constexpr (!kHasMma<T>) {
     return convolve<T, 4, 1, false>(a, s, stream);
@@ -426,7 +426,7 @@ Status forward(const MaskedConv& a, void* stream) {
 
 Status masked_conv2d_cuda(const MaskedConv& a, int device, void* stream) {
   if (a.b <= 0 || a.h <= 0 || a.w <= 0 || a.c_out <= 0) return kOk;
-  if (a.h >= 1 << 30 || a.w >= 1 << 30 || a.c_in >= 1 << 30) return "a side or a channel count of 2^30 or more";
+  if (!fits(a.h, a.w, a.c_in, a.c_out)) return kTooLarge;
   const DeviceGuard guard(device);
   switch (a.dtype) {
     case kFloat32:

@@ -386,8 +386,7 @@ Status gradient(const MaskedConvWeight& a, void* stream) {
 
 Status masked_conv2d_backward_weight_cuda(const MaskedConvWeight& a, int device, void* stream) {
   if (a.c_out <= 0) return kOk;
-  if (a.h >= 1 << 30 || a.w >= 1 << 30 || a.c_in >= 1 << 30 || a.c_out >= 1 << 30)
-    return "a side or a channel count of 2^30 or more";
+  if (!fits(a.h, a.w, a.c_in, a.c_out)) return kTooLarge;
   const DeviceGuard guard(device);
   switch (a.dtype) {
     case kFloat32:

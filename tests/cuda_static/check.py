@@ -37,9 +37,7 @@ WHEELS = ("nvidia-cuda-cuobjdump==13.4.92", "nvidia-cuda-nvdisasm==13.5.37")
 ARCHS = ("75", "80", "90", "100", "120")
 
 # Kernels that may have local memory, and why. A pattern of the name as budget.json writes it.
-LOCAL = {
-    r"masked_conv2d_kernel<double>": "float64 is a plain path, not tuned: 56 bytes are spilled on sm_90",
-}
+LOCAL = {}
 
 # Instructions as the disassembly writes them, from their beginning.
 LOAD_128 = r"LDG\.E\.(\w+\.)*128"
@@ -61,6 +59,12 @@ ASKED = (
     # x, model_output, uncond, three histories, noise, variance; out, x0
     Asked(r"diffusion_step_kernel<(float|.*bf16|.*f16), \d, true>", {LOAD_128: 8, STORE_128: 2}),
     Asked(r"philox_fill_kernel<float>", {STORE_128: 1}),
+    # a chunk: two steps of V / 2 x 8 tiles, three products each in float32; image and weight by cp.async
+    Asked(r"masked_conv2d_(kernel|products_kernel)<float, \d, \d, (true|false)>", {MMA_TF32: 96}, since=80),
+    Asked(r"masked_conv2d_(kernel|products_kernel)<bf16, \d, \d, (true|false)>", {MMA_BF16: 64}, since=80),
+    Asked(r"masked_conv2d_(kernel|products_kernel)<f16, \d, \d, (true|false)>", {MMA_F16: 64}, since=80),
+    Asked(r"masked_conv2d_(kernel|products_kernel)<.*, true>", {COPY_128: 4}, since=80),
+    Asked(r"masked_conv2d_kernel<.*>", {STORE_128: 2}),
 )
 
 
