@@ -47,7 +47,7 @@ GMK_HD Sizes sizes_of(const MaskedConv& a) {
 // First of the V output channels that thread t holds in a group of columns; with a gate group 2 i is tanh, 2 i + 1 sigmoid.
 template <class T>
 GMK_HD int64_t first_channel(bool gate, int64_t group, int t) {
-  return (gate ? group / 2 : group) * (4 * kVector<T>) + t * kVector<T>;
+  return (gate ? group / 2 : group) * (4 * kVector<T>)+t * kVector<T>;
 }
 
 // workspace [panel][chunk][plane][column][k]
@@ -302,7 +302,8 @@ __global__ void __launch_bounds__(32 * down * across, 1) masked_conv2d_kernel(Ma
 #pragma unroll
       for (int u = 0; u < S::kPieces; ++u) {
         // in the order of shared memory: neighbours are free of conflicts
-        const int row = tid / 4 + u * (S::kThreads / 4), pixel = row / (8 * V) * (8 * V) + row % 8 * V + row % (8 * V) / 8;
+        const int row = tid / 4 + u * (S::kThreads / 4),
+                  pixel = row / (8 * V) * (8 * V) + row % 8 * V + row % (8 * V) / 8;
         copy_piece(stage + slot_of<T>(pixel, tid % 4), image, places[pixel], taps, a.taps.count, next);
       }
       advance(next, kChunk<T>, image.channels);
@@ -371,7 +372,8 @@ __global__ void __launch_bounds__(32 * down * across, 1) masked_conv2d_kernel(Ma
   }
 
   constexpr int lines = kLines<T>, parts = V / lines, pairs = kWarpColumns / (8 * V);
-  static_assert(lines * 2 * V * S::kThreads * int(sizeof(Sum<T>)) <= S::kBytes, "the results fit where the stages were");
+  static_assert(lines * 2 * V * S::kThreads * int(sizeof(Sum<T>)) <= S::kBytes,
+                "the results fit where the stages were");
   Sum<T>* const staged = reinterpret_cast<Sum<T>*>(bytes) + tid;
   __syncthreads();
 #pragma unroll 1

@@ -49,8 +49,7 @@ GMK_DEV void multiply_plain(Accumulators<T>& acc, const unsigned char* image, co
 #pragma unroll
         for (int v = 0; v < V; ++v)
 #pragma unroll
-          for (int j = 0; j < V; ++j)
-            acc[j / 2][line * V + v][2 * (j % 2) + i] += to_sum(x.v[j]) * to_sum(y.v[v]);
+          for (int j = 0; j < V; ++j) acc[j / 2][line * V + v][2 * (j % 2) + i] += to_sum(x.v[j]) * to_sum(y.v[v]);
       }
   }
 }
@@ -227,7 +226,8 @@ __global__ void __launch_bounds__(32 * down * across, 1) masked_conv2d_products_
     for (int u = 0; u < S::kGradPieces; ++u) {
       const int pixel = pixel_of(true, column_slots, u), slot = slot_at(true, column_slots, u);
       const Column k{first_column + slot * V < a.c_out ? 0 : 1, first_column + slot * V};
-      copy_piece(stage + S::kImageBytes + slot_of(S::kBlockBytes, pixel, slot), grad, here[P + pixel], taps + count, 1, k);
+      copy_piece(stage + S::kImageBytes + slot_of(S::kBlockBytes, pixel, slot), grad, here[P + pixel], taps + count, 1,
+                 k);
     }
   };
   const auto collect = [&](unsigned char* stage) {
@@ -374,8 +374,8 @@ Status gradient(const MaskedConvWeight& a, void* stream) {
     status = products<T, 4, 1, false>(a, stream);
   } else {
     constexpr int down = kIsFloat<T> ? 4 : 2;
-    const bool whole = image_of<T>(a.x, a.x_nhwc, a.c_in, a.h, a.w).whole &&
-                       image_of<T>(a.grad, a.grad_nhwc, a.c_out, a.h, a.w).whole;
+    const bool whole =
+        image_of<T>(a.x, a.x_nhwc, a.c_in, a.h, a.w).whole && image_of<T>(a.grad, a.grad_nhwc, a.c_out, a.h, a.w).whole;
     status = whole ? products<T, down, 2, true>(a, stream) : products<T, down, 2, false>(a, stream);
   }
   if (status) return status;

@@ -64,7 +64,7 @@ ASKED = (
     Asked(r"masked_conv2d_(kernel|products_kernel)<bf16, \d, \d, (true|false)>", {MMA_BF16: 64}, since=80),
     Asked(r"masked_conv2d_(kernel|products_kernel)<f16, \d, \d, (true|false)>", {MMA_F16: 64}, since=80),
     Asked(r"masked_conv2d_(kernel|products_kernel)<.*, true>", {COPY_128: 4}, since=80),
-    Asked(r"masked_conv2d_kernel<.*>", {STORE_128: 2}),
+    Asked(r"masked_conv2d_kernel<.*>", {STORE_128: 1}),
 )
 
 
