@@ -134,8 +134,10 @@ GMK_DEV void multiply_plain(Accumulators<T>& acc, const unsigned char* image, co
 using Words = Pack<uint32_t, 4>;
 GMK_DEV Words words(const unsigned char* p) { return load_pack<uint32_t, 4>(reinterpret_cast<const uint32_t*>(p)); }
 
+// zero: 0, but not to the compiler's knowledge
 template <class T>
-GMK_DEV void multiply_mma(Accumulators<T>& acc, const unsigned char* image, const unsigned char* weight) {
+GMK_DEV void multiply_mma(Accumulators<T>& acc, const unsigned char* image, const unsigned char* weight,
+                          uint32_t zero) {
   constexpr int V = kVector<T>, M = V / 2;
   const unsigned char* const own = weight + lane_g() * kRowBytes + lane_t() * 16;
   if constexpr (kIsFloat<T>) {
@@ -184,6 +186,15 @@ GMK_DEV void multiply_mma(Accumulators<T>& acc, const unsigned char* image, cons
     Words rows[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) rows[j] = words(image + own_slot(j, lane_t()));
+    // An mma takes its four words from four registers in a row, which come from two loads. Left alone, ptxas moves all four
+    // before each of 8 mma that use them; an `or` it cannot see through is done once.
+    uint32_t x[2][M][4];
+#pragma unroll
+    for (int step = 0; step < 2; ++step)
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[step][m][i] = rows[2 * m + i % 2].v[2 * step + i / 2] | zero;
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const Words column = words(own + n * 8 * kRowBytes);
@@ -192,9 +203,7 @@ GMK_DEV void multiply_mma(Accumulators<T>& acc, const unsigned char* image, cons
         const uint32_t w[2] = {column.v[2 * step], column.v[2 * step + 1]};
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-          const uint32_t x[4] = {rows[2 * m].v[2 * step], rows[2 * m + 1].v[2 * step], rows[2 * m].v[2 * step + 1],
-                                 rows[2 * m + 1].v[2 * step + 1]};
-          Mma<T>::add(acc[m][n], x, w);
+          Mma<T>::add(acc[m][n], x[step][m], w);
         }
       }
     }
@@ -358,7 +367,7 @@ __global__ void __launch_bounds__(32 * down * across, 1) masked_conv2d_kernel(Ma
     const unsigned char* const columns = stage + S::kImageBytes + warp_panel * weight_size;
     if constexpr (kHasMma<T>) {
       if (has_mma())
-        multiply_mma<T>(acc, rows, columns);
+        multiply_mma<T>(acc, rows, columns, uint32_t(a.w >> 40));
       else
         multiply_plain<T>(acc, rows, columns);
     } else {
