@@ -1,7 +1,7 @@
-"""Every instruction set with 1, 2 and 8 threads, on the quick cases of every benchmark: sizes at which threads are used.
+"""Every instruction set with 1, 2 and 8 threads, on the quick cases of every benchmark: sizes that use threads.
 
 One instruction set: the same bits with any number of threads. Another one: the same bits for random numbers, else the
-same within the self-test's tolerance. What a family's own tests do at the edges of its tiles, this does for all of them.
+same within the self-test's tolerance. What a family's own tests do at the edges of its tiles, this does for all.
 """
 
 import pytest
@@ -43,8 +43,8 @@ def same_bits(got, want):
 
 def distance(got, want):
     """Relative to the largest number of each tensor."""
-    pairs = zip(got, want, strict=True)
-    return max(((g.double() - w.double()).abs().max() / w.double().abs().max().clamp_min(1e-30)).item() for g, w in pairs)
+    pairs = [(g.double(), w.double()) for g, w in zip(got, want, strict=True)]
+    return max(((g - w).abs().max() / w.abs().max().clamp_min(1e-30)).item() for g, w in pairs)
 
 
 @pytest.mark.slow

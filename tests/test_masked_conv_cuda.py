@@ -1,4 +1,4 @@
-"""masked_conv2d on CUDA and in the emulator: every dtype on the edges of the tiles, accuracy, infinities, the path of an old GPU."""
+"""masked_conv2d on CUDA and in the emulator: every dtype on the edges of the tiles, accuracy, infinities, old GPUs."""
 
 import contextlib
 import math
@@ -38,8 +38,8 @@ def old_gpu(device):
 
 
 def rounding(dtype):
-    """Of one result; and of a sum, as a part of the sum of the absolute values. float32: 2^-21 is dropped by 3xTF32, the
-    rest is the rounding of sums, where tensor cores may lose a few bits more than the emulator."""
+    """Of one result; and of a sum, as a part of the sum of the absolute values. float32: 2^-21 is dropped by 3xTF32,
+    the rest is the rounding of sums, where tensor cores may lose a few bits more than the emulator."""
     return {FLOAT: (2**-24, 2**-19), DOUBLE: (0.0, 2**-46), BF16: (2**-8, 2**-18), F16: (2**-11, 2**-18)}[dtype]
 
 
@@ -70,7 +70,7 @@ def check_convolution(x, weight, bias, taps, dilation=(1, 1)):
         check_sum(g, want, size)
 
 
-# Tiles are 128 pixels (float64: 64) x 64 or 128 channels, chunks of k 64 bytes: 16 in float32, 32 in the halves, 8 in float64.
+# Tiles: 128 pixels (float64: 64) x 64 or 128 channels; chunks of k: 64 bytes, so 16 in float32, 32 in the halves.
 EDGES = [
     # b, c_in, c_out, h, w, kernel
     (1, 1, 1, 1, 1, (3, 3)),
@@ -95,8 +95,9 @@ def test_edges_of_the_tiles(device, edge, dtype, nhwc):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FLOAT], ids=str)
-@pytest.mark.parametrize("taps, dilation", [([0, 4, 8], (1, 1)), ([8], (2, 1)), ([1, 2, 3, 6, 7], (1, 2)), ([], (1, 1))],
-                         ids=str)
+@pytest.mark.parametrize("taps, dilation", [
+    ([0, 4, 8], (1, 1)), ([8], (2, 1)), ([1, 2, 3, 6, 7], (1, 2)), ([], (1, 1))
+], ids=str)
 def test_any_list_of_taps(device, taps, dilation, dtype):
     """What a boolean mask is."""
     for c_in, nhwc in ((3, False), (16, True)):

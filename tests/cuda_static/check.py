@@ -9,9 +9,9 @@ Every csrc/*/*.cu is compiled for each generation with warnings as errors. Then
     kernels must be those in budget.json: a change there is a diff to look at, not an accident;
   - no kernel may spill or have a stack frame, but those in LOCAL below, with the reason;
   - the disassembly must hold the instructions of ASKED below, and no local-memory access (LDL, STL) outside LOCAL.
-cuobjdump and nvdisasm are not part of every CUDA install: else those of this Python's packages are taken (torch for CUDA
-brings triton, which has them), else NVIDIA's wheels, 6 MB, downloaded once to build/cuda_static. Where none can be had,
-the check fails and says so: --no-sass goes without. Without nvcc nothing is checked, and a line says that.
+cuobjdump and nvdisasm are not part of every CUDA install: else those of this Python's packages are taken (torch for
+CUDA brings triton, which has them), else NVIDIA's wheels, 6 MB, downloaded once to build/cuda_static. Where none can be
+had, the check fails and says so: --no-sass goes without. Without nvcc nothing is checked, and a line says that.
 """
 
 import argparse
@@ -130,7 +130,8 @@ def compile_kernels(nvcc, arch, source, cubin):
                "-I", ROOT / "csrc", "-o", cubin, source]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"cuda-static: sm_{arch} {os.path.relpath(source, ROOT)} does not compile:\n{done.stdout}{done.stderr}")
+        name = os.path.relpath(source, ROOT)
+        sys.exit(f"cuda-static: sm_{arch} {name} does not compile:\n{done.stdout}{done.stderr}")
     kernels = {}
     entry = r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, "
     entry += r"(\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -181,8 +182,8 @@ def cuobjdump():
         if (tool := shutil.which("cuobjdump", path=path)) and shutil.which("nvdisasm", path=search_path(tool)):
             return tool
     with tempfile.TemporaryDirectory() as wheels:
-        subprocess.run([sys.executable, "-m", "pip", "--no-input", "-q", "download", "--no-deps", "-d", wheels, *WHEELS],
-                       stderr=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-m", "pip", "--no-input", "-q", "download", "--no-deps", "-d", wheels,
+                        *WHEELS], stderr=subprocess.DEVNULL)
         for wheel in Path(wheels).glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 for name in archive.namelist():

@@ -84,7 +84,7 @@ def _on_cuda(t):
 
 
 def _packed_size(c_in, c_out, taps, gate, dtype):
-    """Elements of the weight as csrc/masked_conv/masked_conv.cu packs it: [64 channels][64 bytes of k], float32 twice."""
+    """Elements of the packed weight (csrc/masked_conv/masked_conv.cu): [64 channels][64 bytes of k], float32 twice."""
     group = 64 // dtype.itemsize
     columns = c_out if gate == _PLAIN else -(-(c_out // 2) // group) * group * 2
     return -(-columns // 64) * 64 * -(-len(taps) * c_in // group) * group * (2 if dtype is torch.float32 else 1)
@@ -308,8 +308,8 @@ def masked_conv2d(x, weight, bias=None, mask_type="B", *, gate=None, dilation=1,
     Returns ``[b, c_out, h, w]``, or ``[b, c_out / 2, h, w]`` with a gate.
 
     float32 and float64 have kernels, on CUDA bfloat16 and float16 too (float32 sums). A 1x1 convolution without a gate,
-    and bfloat16 and float16 on the CPU, are torch's own convolution of the live taps. Under autocast the op computes in the dtype of its inputs. The backward pass keeps x,
-    weight and bias only; with a gate it computes z again.
+    and bfloat16 and float16 on the CPU, are torch's own convolution of the live taps. Under autocast the op computes in
+    the dtype of its inputs. The backward pass keeps x, weight and bias only; with a gate it computes z again.
 
     A NaN or infinite pixel reaches exactly the outputs that see it. Errors: ``ValueError`` for shapes, even kernels, an
     odd number of gated channels; ``TypeError`` for dtypes.
