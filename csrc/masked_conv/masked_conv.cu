@@ -281,7 +281,7 @@ GMK_DEV void finish(const MaskedConv& a, const Sum<T>* staged, int threads, int6
 
 // whole: the image comes by cp.async. Two kernels, for the registers of both ways at once would spill.
 template <class T, int down, int across, bool whole>
-__global__ void __launch_bounds__(32 * down * across, 1) masked_conv2d_kernel(MaskedConv a) {
+__global__ void __launch_bounds__(256, 1) masked_conv2d_kernel(MaskedConv a) {
   using S = Tile<T, down, across>;
   constexpr int V = kVector<T>, stages = kStages<T>;
   GMK_DYN_SHARED(bytes);

@@ -174,7 +174,7 @@ struct Walk {
 
 // whole: both factors come by cp.async. Two kernels, for the registers of both ways at once would spill.
 template <class T, int down, int across, bool whole>
-__global__ void __launch_bounds__(32 * down * across, 1) masked_conv2d_products_kernel(MaskedConvWeight a) {
+__global__ void __launch_bounds__(256, 1) masked_conv2d_products_kernel(MaskedConvWeight a) {
   using S = Tile<T, down, across>;
   constexpr int V = kVector<T>, P = kChunk<T>;
   GMK_DYN_SHARED(bytes);
