@@ -105,26 +105,28 @@ GMK_DEV int own_slot(int j, int piece) {
 // acc += image rows * weight columns, one chunk.
 template <class T>
 GMK_DEV void multiply_plain(Accumulators<T>& acc, const unsigned char* image, const unsigned char* weight) {
-  constexpr int V = kVector<T>;
+  constexpr int V = kVector<T>, K = V < 4 ? V : 4;  // k at a time: all 8 of the halves would spill
 #pragma unroll 1
-  for (int piece = 0; piece < 4; ++piece) {
-    Pack<T, V> rows[V];
+  for (int part = 0; part < 4 * V / K; ++part) {
+    const int piece = part / (V / K), rest = part % (V / K) * int(K * sizeof(T));
+    Pack<T, K> rows[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) rows[j] = load_pack<T, V>(reinterpret_cast<const T*>(image + own_slot(j, piece)));
+    for (int j = 0; j < V; ++j)
+      rows[j] = load_pack<T, K>(reinterpret_cast<const T*>(image + own_slot(j, piece) + rest));
 #pragma unroll
     for (int n = 0; n < 16; ++n) {
-      const unsigned char* const at = weight + (n / 2 * 8 + 2 * lane_t() + n % 2) * kRowBytes + piece * 16;
-      const Pack<T, V> column = load_pack<T, V>(reinterpret_cast<const T*>(at));
-      Sum<T> w[V];
+      const unsigned char* const at = weight + (n / 2 * 8 + 2 * lane_t() + n % 2) * kRowBytes + piece * 16 + rest;
+      const Pack<T, K> column = load_pack<T, K>(reinterpret_cast<const T*>(at));
+      Sum<T> w[K];
 #pragma unroll
-      for (int k = 0; k < V; ++k) w[k] = to_sum(column.v[k]);
+      for (int k = 0; k < K; ++k) w[k] = to_sum(column.v[k]);
       if constexpr (kIsFloat<T>) {
-        const Pack<T, V> low = load_pack<T, V>(reinterpret_cast<const T*>(at + kPanelBytes));
+        const Pack<T, K> low = load_pack<T, K>(reinterpret_cast<const T*>(at + kPanelBytes));
 #pragma unroll
-        for (int k = 0; k < V; ++k) w[k] += low.v[k];  // exact
+        for (int k = 0; k < K; ++k) w[k] += low.v[k];  // exact
       }
 #pragma unroll
-      for (int k = 0; k < V; ++k)
+      for (int k = 0; k < K; ++k)
 #pragma unroll
         for (int j = 0; j < V; ++j) acc[j / 2][n / 2][2 * (j % 2) + n % 2] += to_sum(rows[j].v[k]) * w[k];
     }
