@@ -2,7 +2,11 @@
 
 from .diffusion import diffusion_step
 from .gmm import gmm_log_prob
+from .gmm_em import GMM_EM_ROWS, GmmParameters, GmmStatistics, gmm_em_statistics, gmm_m_step, gmm_responsibilities
 from .masked_conv import masked_conv2d
 from .random import philox_normal, philox_uniform
 
-__all__ = ["diffusion_step", "gmm_log_prob", "masked_conv2d", "philox_normal", "philox_uniform"]
+__all__ = [
+    "GMM_EM_ROWS", "GmmParameters", "GmmStatistics", "diffusion_step", "gmm_em_statistics", "gmm_log_prob",
+    "gmm_m_step", "gmm_responsibilities", "masked_conv2d", "philox_normal", "philox_uniform",
+]
