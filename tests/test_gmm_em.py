@@ -1,4 +1,4 @@
-"""ops.gmm_em_statistics, gmm_m_step, gmm_responsibilities: values, streams, threads, special values, repairs, errors."""
+"""ops.gmm_em_statistics, gmm_m_step, gmm_responsibilities: values, streams, threads, odd values, repairs, errors."""
 
 import dataclasses
 import math
@@ -567,7 +567,8 @@ def test_bad_arguments():
         ((x, w, m, p), {"shift": torch.ones(3).half()}, TypeError,
          "shift must be torch.float32 or torch.float64, got torch.float16"),
         ((x, w, m, p), {"initial": 3}, TypeError, "initial must be GmmStatistics, got int"),
-        ((x, w[:1], m[:1], p[:1]), {"initial": stat}, ValueError, "initial must be of 1 'full' components, got 2 'full'"),
+        ((x, w[:1], m[:1], p[:1]), {"initial": stat}, ValueError,
+         "initial must be of 1 'full' components, got 2 'full'"),
         ((x, w, m, p), {"initial": other, "shift": torch.zeros(3)}, ValueError, "initial has another shift"),
         ((x.expand(2, 5, 3), w, m, p), {"initial": stat}, ValueError, "initial must hold (2, 28) sums, got (28,)"),
     ]
