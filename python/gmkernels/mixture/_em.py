@@ -99,7 +99,7 @@ def blend(parameters, stat, step, reg_covar, lower_bound):
 
     Both per unit of weight. So parameters are all the state there is.
     """
-    kind, (k, d) = parameters.covariance_type, parameters.means.shape
+    kind, d = parameters.covariance_type, parameters.means.shape[1]
     w, delta = parameters.weights.double(), parameters.means.double() - stat.shift
     covariance = parameters.covariances.double()
     if kind in ("full", "tied"):

@@ -7,13 +7,12 @@ import warnings
 
 import numpy as np
 import torch
-from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from .. import ops
-from . import _em, _file, _missing, _rows, _sklearn, _start
+from . import _derived, _em, _file, _missing, _rows, _sklearn, _start
 
 _RESPONSIBILITIES = 1 << 22  # numbers of a block of them
 
@@ -31,7 +30,7 @@ class Progress:
 class GaussianMixture(_sklearn.Parent):
     """Gaussian mixture: `sklearn.mixture.GaussianMixture` with its parameters, attributes and results, and
 
-    - EM on fused kernels: nothing of size rows x components in memory, float64 sums about a centre for float32 data too;
+    - EM on fused kernels: nothing of size rows x components in memory, float64 sums about a centre, for float32 too;
     - ``sample_weight`` in ``fit`` and ``score``;
     - NaN everywhere: exact EM in ``fit``, the density of what is observed in ``score_samples``, ``impute``;
     - ``partial_fit``, and ``fit`` on batches and on memory-mapped files larger than memory;
@@ -50,8 +49,8 @@ class GaussianMixture(_sklearn.Parent):
     --------------------------------
     component_status_ : ndarray of shape (n_components,)
         0: healthy. Where scikit-learn raises "ill-defined empirical covariance" a component is recovered in every
-        iteration, and a ``ConvergenceWarning`` says so when the last iteration did it: 1, dead (moved beside the heaviest
-        component); 2, singular (a ridge on its covariance). See `gmkernels.ops.gmm_m_step`.
+        iteration, and a ``ConvergenceWarning`` says so when the last iteration did it: 1, dead (moved beside the
+        heaviest component); 2, singular (a ridge on its covariance). See `gmkernels.ops.gmm_m_step`.
     threshold_, contamination_ : float
         After ``fit_threshold``.
 
@@ -184,9 +183,9 @@ class GaussianMixture(_sklearn.Parent):
         """One step of stepwise EM on a batch of rows; the first batch also gives the start.
 
         The sufficient statistics s move towards those of the batch, both per row: ``s += step (s_batch - s)`` with
-        ``step = (t + 2)^-0.6``, t the steps so far (``n_iter_``; iterations of ``fit`` count), then follows an M-step. The
-        first step on an estimator that was not fitted is 1. Batches should have about the same number of rows, many times
-        n_components. ``lower_bound_`` is the running mean of the log-likelihood of batches before their step.
+        ``step = (t + 2)^-0.6``, t the steps so far (``n_iter_``; iterations of ``fit`` count); then follows an M-step.
+        The first step on an estimator that was not fitted is 1. Batches should have about the same number of rows, many
+        times n_components. ``lower_bound_`` is the running mean of the log-likelihood of batches before their step.
 
         Source: Cappe and Moulines, "On-line expectation-maximization algorithm for latent data models", 2009.
 
@@ -351,3 +350,62 @@ class GaussianMixture(_sklearn.Parent):
             return out
         tables = [type(X)(part, columns=X.columns, index=X.index) for part in (out[None] if n_draws is None else out)]
         return tables[0] if n_draws is None else tables
+
+    # derived mixtures -------------------------------------------------------------------------------------------------
+
+    def condition(self, values):
+        """The mixture of the other features, given some: ``gm.condition({0: 1.5, "age": 40}).sample(10)``.
+
+        values : dict of feature (number or name) to a finite number. Features keep their order. Returns a fitted
+        `GaussianMixture` of the same covariance type.
+        """
+        check_is_fitted(self)
+        return _derived.condition(self, values)
+
+    def marginal(self, features):
+        """The mixture of these features (numbers or names), in this order, whatever the others are."""
+        check_is_fitted(self)
+        return _derived.marginal(self, features)
+
+    # anomalies --------------------------------------------------------------------------------------------------------
+
+    def anomaly_score(self, X):
+        """``-score_samples(X)``: higher is stranger (scikit-learn's outlier detectors score the other way round)."""
+        return -self.score_samples(X)
+
+    def fit_threshold(self, X, contamination=0.01):
+        """Sets ``threshold_`` for `predict_outlier` from rows that are normal.
+
+        Of rows like X, at most the share ``contamination`` is taken for outliers, on average over samples X: the
+        threshold is the score that ``floor(contamination (n_samples + 1))`` rows of X reach. That holds for rows that
+        ``fit`` has not seen; rows of the fit score too low. (Split conformal prediction.)
+
+        Returns self. Errors: ``ValueError`` where X has fewer than ``1 / contamination - 1`` rows.
+        """
+        if not isinstance(contamination, numbers.Real) or not 0 < contamination < 1:
+            raise ValueError(f"contamination must be a number between 0 and 1, got {contamination!r}")
+        scores = np.sort(np.asarray(torch.as_tensor(self.anomaly_score(X)).cpu(), dtype=np.float64))[::-1]
+        rank = math.floor(contamination * (len(scores) + 1) + 1e-9)
+        if rank < 1:
+            raise ValueError(f"contamination={contamination} needs at least {math.ceil(1 / contamination - 1 - 1e-9)}"
+                             f" rows, got {len(scores)}")
+        self.threshold_, self.contamination_ = float(scores[rank - 1]), float(contamination)
+        return self
+
+    def predict_outlier(self, X):
+        """-1 for rows whose `anomaly_score` is above ``threshold_``, 1 for the others."""
+        check_is_fitted(self, "threshold_")
+        scores = torch.as_tensor(self.anomaly_score(X))
+        return _rows.give_back(torch.where(scores > self.threshold_, -1, 1), X)
+
+    # files ------------------------------------------------------------------------------------------------------------
+
+    def save(self, path):
+        """Writes parameters and fitted attributes to one safetensors file (JSON in its header; no pickle)."""
+        check_is_fitted(self)
+        _file.save(self, path)
+
+    @classmethod
+    def load(cls, path):
+        """What `save` wrote, bit by bit."""
+        return _file.load(cls, path)
