@@ -1,7 +1,7 @@
 r"""Rows with missing entries: their likelihood, their part in EM, their imputation. Exact; float64; plain torch.
 
 With o the features that a row has and m those that it lacks, component k has the density ``N(x_o; mu_o, S_oo)``, and
-given x_o the rest is ``N(mu_m + S_mo S_oo^-1 (x_o - mu_o), C)`` with ``C = S_mm - S_mo S_oo^-1 S_om``. The E-step counts
+given x_o the rest is ``N(mu_m + S_mo S_oo^-1 (x_o - mu_o), C)``, ``C = S_mm - S_mo S_oo^-1 S_om``. The E-step counts
 the row as its conditional mean, and adds ``r C`` to the second moments: leaving that out shrinks every covariance.
 
 Rows are grouped by pattern, so that S_oo is factorised once per pattern and component; patterns with about as many rows
