@@ -6,8 +6,8 @@ import math
 import torch
 
 from .. import reference
-from .._call import Op, check_floating, check_same_dtype, check_tensor
-from .gmm import _batch
+from .._call import DTYPE_CODE, Kernel, Op, check_floating, check_same_dtype, check_tensor
+from .gmm import _arguments, _batch, _flat
 
 GMM_EM_ROWS = reference.gmm_em.GROUP_ROWS
 _TYPES = reference.gmm.COVARIANCE_TYPES
@@ -134,8 +134,8 @@ def _statistics_batch(x, log_weights, means, precisions_cholesky, sample_weight,
             raise ValueError(f"the leading dimensions of {name} must broadcast with {batch} of the others, got"
                              f" {tuple(t.shape[:-1])}") from None
     check_same_dtype("x", x, sample_weight=sample_weight)
-    if shift is not None and shift.dtype not in (torch.float64, x.dtype):
-        raise TypeError(f"shift must be torch.float64 or {x.dtype} as x, got {shift.dtype}")
+    if shift is not None and shift.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"shift must be torch.float32 or torch.float64, got {shift.dtype}")
     return batch
 
 
@@ -152,13 +152,17 @@ def _statistics_outputs(x, log_weights, means, precisions_cholesky, sample_weigh
     return (x.new_empty((*batch, numbers), dtype=torch.float64), x.new_empty((*batch, d), dtype=torch.float64))
 
 
-class _Later:  # until the kernels are there
-    cuda = None
+_statistics = Kernel("gmm_em_statistics")
 
 
-def _statistics_launch(outs, *args):
-    for out, result in zip(outs, reference.gmm_em.gmm_em_statistics(*args), strict=True):
-        out.copy_(result)
+def _statistics_launch(outs, x, log_weights, means, precisions_cholesky, sample_weight, shift, initial,
+                       covariance_type):
+    batch = outs[1].shape[:-1]
+    ins, scalars = _arguments(x, log_weights, means, precisions_cholesky, covariance_type, batch)
+    sample_weight, weight_step = (None, 0) if sample_weight is None else _flat(sample_weight, batch, 1)
+    shift, shift_step = (None, 0) if shift is None else _flat(shift.double(), batch, 1)
+    initial = None if initial is None else initial.contiguous()
+    _statistics(outs, (*ins, sample_weight, shift, initial), *scalars, weight_step, shift_step)
 
 
 _statistics_op = Op(
@@ -167,7 +171,7 @@ _statistics_op = Op(
     outputs=_statistics_outputs,
     launch=_statistics_launch,
     reference=reference.gmm_em.gmm_em_statistics,
-    kernel=_Later,
+    kernel=_statistics,
 )
 
 
@@ -245,9 +249,13 @@ def _m_step_outputs(sums, shift, covariance_type, k, reg_covar, dtype, out=None)
             sums.new_empty((*lead, k), dtype=torch.uint8))
 
 
-def _m_step_launch(outs, *args):
-    for out, result in zip(outs, reference.gmm_em.gmm_m_step(*args), strict=True):
-        out.copy_(result)
+_m_step = Kernel("gmm_m_step")
+
+
+def _m_step_launch(outs, sums, shift, covariance_type, k, reg_covar, dtype):
+    b, d = shift.shape[:-1].numel(), shift.shape[-1]
+    _m_step(outs, (sums.contiguous(), shift.contiguous()), b, k, d, _TYPES.index(covariance_type), reg_covar,
+            DTYPE_CODE[dtype])
 
 
 _m_step_op = Op(
@@ -256,7 +264,7 @@ _m_step_op = Op(
     outputs=_m_step_outputs,
     launch=_m_step_launch,
     reference=reference.gmm_em.gmm_m_step,
-    kernel=_Later,
+    kernel=_m_step,
     dtypes=(torch.float64,),
 )
 
@@ -277,7 +285,7 @@ def gmm_m_step(stat, covariance_type=None, reg_covar=1e-6, *, dtype=torch.float6
     Returns: `GmmParameters`. Components that cannot be used as they are get these parameters and a ``status``:
 
     - 1, dead (``nk`` at most 2^-40 of the total): a copy of the component that is heaviest by then, with half of its
-      weight, its mean one standard deviation aside along the feature of largest variance. When nothing was seen at all:
+      weight, its mean 0.5 to 1.5 standard deviations aside along the first feature of largest variance. When nothing was seen at all:
       equal weights, means at ``shift``, unit covariances.
     - 2, singular (a pivot of the Cholesky factor, or a variance, at most 2^-46 of its second moment; where scikit-learn
       raises "ill-defined empirical covariance"): 1e-6 of the mean variance (its own or that of the whole mixture,
@@ -313,8 +321,12 @@ def _responsibilities_outputs(x, log_weights, means, precisions_cholesky, covari
     return x.new_empty((*batch, x.shape[-2], means.shape[-2]))
 
 
+_responsibilities = Kernel("gmm_responsibilities")
+
+
 def _responsibilities_launch(out, *args):
-    out.copy_(reference.gmm_em.gmm_responsibilities(*args))
+    ins, scalars = _arguments(*args, out.shape[:-2])
+    _responsibilities((out,), ins, *scalars)
 
 
 def _responsibilities_setup(ctx, inputs, output):
@@ -336,7 +348,7 @@ _responsibilities_op = Op(
     outputs=_responsibilities_outputs,
     launch=_responsibilities_launch,
     reference=reference.gmm_em.gmm_responsibilities,
-    kernel=_Later,
+    kernel=_responsibilities,
     setup=_responsibilities_setup,
     backward=_responsibilities_backward,
     autocast=torch.float32,

@@ -11,6 +11,7 @@ GROUP_ROWS = 2048  # rows whose sums are added to the total at once (csrc/gmm/gm
 HEALTHY, DEAD, SINGULAR, NOT_FINITE = range(4)  # status of a component after gmm_m_step
 _DEAD = 2.0**-40  # of the total weight
 _TINY = 2.0**-46  # of the second moment: a pivot of the Cholesky factor below it is rounding
+_GOLDEN = 0.6180339887498949  # no two copies are displaced by the same amount
 _RIDGE = 1e-6  # of the mean variance: the first that is tried
 
 
@@ -101,8 +102,9 @@ def _group(x, log_weights, means, precisions_cholesky, w, shift, covariance_type
 def gmm_m_step(sums, shift, covariance_type, k, reg_covar, dtype):
     """weights, log_weights, means, covariances, precisions_cholesky, status. See :func:`gmkernels.ops.gmm_m_step`."""
     batch, d = shift.shape[:-1], shift.shape[-1]
+    b = batch.numel()
     made = [_one_m_step(s, c, covariance_type, k, reg_covar)
-            for s, c in zip(sums.reshape(-1, sums.shape[-1]), shift.reshape(-1, d), strict=True)]
+            for s, c in zip(sums.reshape(b, sums.shape[-1]), shift.reshape(b, d), strict=True)]
     matrix = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[covariance_type]
     shapes = (k,), (k,), (k, d), matrix, matrix, (k,)
     out = []
@@ -168,7 +170,7 @@ def _one_m_step(sums, shift, covariance_type, k, reg_covar):
     means = shift + delta
     heads = nk.clone()
     status[nk.isnan()] = NOT_FINITE
-    for c in dead.nonzero()[:, 0].tolist():  # a copy of the heaviest, one standard deviation aside
+    for m, c in enumerate(dead.nonzero()[:, 0].tolist()):  # a copy of the heaviest, about a standard deviation aside
         heads[c] = -1.0
         donor = int(heads.argmax())
         heads[donor] = heads[c] = heads[donor] / 2
@@ -179,8 +181,8 @@ def _one_m_step(sums, shift, covariance_type, k, reg_covar):
                 own = (covariance if covariance_type == "tied" else covariance[donor]).diagonal()
             elif covariance_type == "diag":
                 own = covariance[donor]
-            f = int(own.argmax())
-            means[c, f] += own[f].sqrt()
+            f = next((i for i, e in enumerate((own == own.max()).tolist()) if e), 0)
+            means[c, f] += (0.5 + (0.5 + m * _GOLDEN) % 1.0) * own[f].sqrt()
         if covariance_type != "tied":
             covariance[c], precision[c] = covariance[donor], precision[donor]
         status[c] = DEAD
