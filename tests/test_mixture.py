@@ -1,8 +1,5 @@
 """gmkernels.GaussianMixture beside scikit-learn's: fits, weights, kinds of input, bad input."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import sklearn.mixture
@@ -30,11 +27,9 @@ def both(x=X, **params):
 
 
 def test_loads_on_first_use():
-    code = """import sys, gmkernels
-assert "GaussianMixture" in dir(gmkernels) and "sklearn" not in sys.modules
-gmkernels.GaussianMixture, gmkernels.mixture.GaussianMixture
-assert "sklearn" in sys.modules"""
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+    """That `import gmkernels` loads no scikit-learn is in test_build.py."""
+    assert {"GaussianMixture", "mixture", "ops"} <= set(dir(gmkernels))
+    assert gmkernels.GaussianMixture is gmkernels.mixture.GaussianMixture
     with pytest.raises(AttributeError, match="no attribute 'gaussian'"):
         gmkernels.gaussian  # noqa: B018
 
@@ -51,8 +46,7 @@ def test_same_fit(covariance_type, init_params):
     peer, ours = both(n_components=3, covariance_type=covariance_type, init_params=init_params, random_state=1,
                       max_iter=12)
     same_fit(ours, peer)
-    # A component of one row: the peer's variance is 1e-6 and its rounding of x^2.
-    np.testing.assert_allclose(ours.lower_bounds_, peer.lower_bounds_, rtol=1e-6)
+    np.testing.assert_allclose(ours.lower_bounds_, peer.lower_bounds_, rtol=1e-6)  # test_same_start says why
     np.testing.assert_array_equal(ours.predict(X), peer.predict(X))
     for name, arguments in (("predict_proba", [X]), ("score_samples", [X]), ("score", [X]), ("bic", [X]), ("aic", [X])):
         np.testing.assert_allclose(getattr(ours, name)(*arguments), getattr(peer, name)(*arguments), rtol=1e-7,
@@ -66,7 +60,9 @@ def test_same_start():
     for kind in TYPES:
         for how in STARTS:
             peer, ours = both(n_components=3, covariance_type=kind, init_params=how, random_state=2, max_iter=1)
-            same_fit(ours, peer)
+            # A component of one row: the variance is 1e-6, to which the peer adds its rounding of x^2.
+            rounds = kind in ("diag", "spherical") and how in ("k-means++", "random_from_data")
+            same_fit(ours, peer, rtol=1e-5 if rounds else 1e-8)
 
 
 @pytest.mark.parametrize("given", [("means_init",), ("weights_init",), ("precisions_init",),
@@ -358,7 +354,7 @@ def test_degenerate_rows(covariance_type, what):
         x = np.repeat(x[:3], 20, axis=0)
     else:
         x[:] = 1.0
-    params = dict(n_components=3, covariance_type=covariance_type, random_state=0, max_iter=6, means_init=x[[0, 1, 59]],
+    params = dict(n_components=3, covariance_type=covariance_type, random_state=0, max_iter=6, means_init=x[[0, 20, 59]],
                   weights_init=[0.4, 0.3, 0.3])
     with quiet():
         peer, ours = both(x, **params)

@@ -66,7 +66,7 @@ def run(rows, parameters, *, tol, max_iter, reg_covar, lower_bound=-math.inf, re
     for n_iter in range(1, max_iter + 1):
         stat = rows.statistics(fit.parameters)
         before, lower_bound = lower_bound, float(stat.log_likelihood / stat.weight)
-        if math.isnan(lower_bound):
+        if not math.isfinite(lower_bound):
             raise ValueError(NOT_FINITE)
         fit.parameters = ops.gmm_m_step(stat, reg_covar=reg_covar, dtype=rows.dtype)
         if bool((fit.parameters.status == 3).any()):

@@ -92,7 +92,7 @@ def _m_step(x, weights, r, kind, reg_covar, k):
     for rows, resp in _blocks(x, weights, r, k, state):
         nk += resp.sum(0)
         s1 += resp.T @ (rows - middle)
-    means = middle + s1 / nk[:, None]
+    means = middle + s1 / nk.clamp(min=1e-300)[:, None]
     total = len(x) if weights is None else float(weights.sum(dtype=torch.float64))
 
     if kind == "tied":  # scikit-learn's: of all rows, also of those that belong to no component
