@@ -46,7 +46,8 @@ def test_same_fit(covariance_type, init_params):
     peer, ours = both(n_components=3, covariance_type=covariance_type, init_params=init_params, random_state=1,
                       max_iter=12)
     same_fit(ours, peer)
-    np.testing.assert_allclose(ours.lower_bounds_, peer.lower_bounds_, rtol=1e-6)  # test_same_start says why
+    if hasattr(peer, "lower_bounds_"):  # not in scikit-learn 1.6; test_same_start says why 1e-6
+        np.testing.assert_allclose(ours.lower_bounds_, peer.lower_bounds_, rtol=1e-6)
     np.testing.assert_array_equal(ours.predict(X), peer.predict(X))
     for name, arguments in (("predict_proba", [X]), ("score_samples", [X]), ("score", [X]), ("bic", [X]), ("aic", [X])):
         np.testing.assert_allclose(getattr(ours, name)(*arguments), getattr(peer, name)(*arguments), rtol=1e-7,
@@ -221,7 +222,7 @@ def test_tables():
     table = pandas.DataFrame(X, columns=["a", "b", "c"], index=range(100, 100 + len(X)))
     gm = GaussianMixture(2, random_state=0).fit(table)
     assert list(gm.feature_names_in_) == ["a", "b", "c"]
-    same_fit(gm, GaussianMixture(2, random_state=0).fit(X), rtol=0)
+    same_fit(gm, GaussianMixture(2, random_state=0).fit(X), rtol=1e-12)  # a table lies column by column
     assert isinstance(gm.predict(table), np.ndarray)
     table.loc[100, "b"] = np.nan
     full = gm.impute(table)

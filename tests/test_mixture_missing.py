@@ -133,16 +133,16 @@ def test_draws(covariance_type):
     """Moments of many draws are the conditional ones."""
     gm = GaussianMixture(2, covariance_type=covariance_type, random_state=3).fit(X)
     row = np.array([[np.nan, X[0, 1], np.nan]])
-    draws = gm.impute(row, n_draws=20000)
-    assert draws.shape == (20000, 1, 3) and (draws[:, 0, 1] == X[0, 1]).all()
+    draws = gm.impute(row, n_draws=4000)
+    assert draws.shape == (4000, 1, 3) and (draws[:, 0, 1] == X[0, 1]).all()
     lp, x, C = plain(gm.weights_, gm.means_, matrices(gm), row[0])
     r = np.exp(lp - logsumexp(lp))
     mean = r @ x
     covariance = np.einsum("k,kab->ab", r, C) + np.einsum("k,ka,kb->ab", r, x - mean, x - mean)
     lost = [0, 2]
     scale = np.sqrt(np.diag(covariance)[lost])
-    assert (np.abs(draws[:, 0, lost].mean(0) - mean[lost]) < 5 * scale / np.sqrt(20000)).all()
-    np.testing.assert_allclose(np.cov(draws[:, 0, lost].T), covariance[np.ix_(lost, lost)], atol=0.06 * scale.max() ** 2)
+    assert (np.abs(draws[:, 0, lost].mean(0) - mean[lost]) < 5 * scale / np.sqrt(4000)).all()
+    np.testing.assert_allclose(np.cov(draws[:, 0, lost].T), covariance[np.ix_(lost, lost)], atol=0.12 * scale.max() ** 2)
     np.testing.assert_array_equal(gm.impute(Y, n_draws=3), gm.impute(Y, n_draws=3))  # random_state is an int
     assert (gm.impute(Y, n_draws=2)[0] != gm.impute(Y, n_draws=2)[1]).sum() == LOST.sum()
     with pytest.raises(ValueError, match="n_draws must be None or an int of at least 1, got 0"):
@@ -190,19 +190,19 @@ def test_weight_of_nothing():
 def test_kinds():
     x = torch.from_numpy(Y).float()
     with quiet():
-        gm = GaussianMixture(2, random_state=0).fit(x)
+        gm = GaussianMixture(2, random_state=0, max_iter=8).fit(x)
     full = gm.impute(x)
     assert full.dtype == torch.float32 and not full.isnan().any()
     assert gm.impute(x, n_draws=2).shape == (2, *x.shape) and gm.means_.dtype == np.float32
     with quiet():
-        wide = GaussianMixture(2, random_state=0).fit(x.double())
+        wide = GaussianMixture(2, random_state=0, max_iter=8).fit(x.double())
     np.testing.assert_allclose(gm.means_, wide.means_, rtol=1e-3)
 
 
 @pytest.mark.parametrize("init_params", ["kmeans", "k-means++", "random", "random_from_data"])
 def test_starts(init_params):
     with quiet():
-        gm = GaussianMixture(3, init_params=init_params, random_state=0, n_init=2).fit(holes(rows(200, 4), 0.1))
+        gm = GaussianMixture(3, init_params=init_params, random_state=0, n_init=2, max_iter=8).fit(holes(X, 0.1))
     assert np.isfinite(gm.lower_bound_)
 
 

@@ -88,7 +88,7 @@ def condition(estimator, values):
     if kind in ("full", "tied"):
         precisions = p.precisions_cholesky @ p.precisions_cholesky.mT
         own = precisions[..., rest, :]
-        factors = cholesky_of_precisions(own[..., rest])
+        factors = cholesky_of_precisions(own[..., rest], kind)
         if known:
             means = means - torch.linalg.solve(
                 own[..., rest], own[..., known] @ (row[0, known] - p.means[:, known])[..., None])[..., 0]

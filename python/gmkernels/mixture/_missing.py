@@ -111,13 +111,13 @@ def _matrices(mixture, rows, valid, x, seen):
     m = 1 - o
     L = _cholesky(S * o[..., None] * o[..., None, :] + torch.diag_embed(m.expand(-1, len(S), d)))
     distance = torch.where(seen[:, None, None, :], x[:, None] - mean[:, None], 0.0)  # [P, k, R, d]
-    z = torch.linalg.solve_triangular(L, distance.mT, upper=False)
+    root = torch.linalg.solve_triangular(L, torch.eye(d).to(L), upper=False)  # root^T root = S_oo^-1
+    z = distance @ root.mT
     log_prob = mixture.log_weights[:, None] - 0.5 * (
-        z.square().sum(-2) + (o.sum(-1) * math.log(2 * math.pi))[..., None]
+        z.square().sum(-1) + (o.sum(-1) * math.log(2 * math.pi))[..., None]
     ) - L.diagonal(dim1=-2, dim2=-1).log().sum(-1)[..., None]
-    u = torch.linalg.solve_triangular(L.mT, z, upper=True).mT  # S_oo^-1 (x_o - mu_o), 0 where missing
-    filled = torch.where(seen[:, None, None, :], x[:, None], mean[:, None] + u @ S)
-    half = torch.linalg.solve_triangular(L, S * o[..., None] * m[..., None, :], upper=False)
+    filled = torch.where(seen[:, None, None, :], x[:, None], mean[:, None] + z @ (root @ (S * o[..., None])))
+    half = root @ (S * o[..., None] * m[..., None, :])
     spread = S * m[..., None] * m[..., None, :] - half.mT @ half
     return Part(rows, valid, log_prob.mT, filled.transpose(1, 2), spread, seen)
 

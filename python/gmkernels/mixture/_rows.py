@@ -100,7 +100,7 @@ class Stream:
     """
 
     def __init__(self, estimator, X, sample_weight, *, reset):
-        if iter(X) is X:
+        if hasattr(X, "__next__"):
             raise TypeError("X is an iterator, which can be read only once; every EM iteration reads all rows. Pass an"
                             " object that starts again on every iter(X): a DataLoader, a class with __iter__.")
         sampler = getattr(X, "sampler", None)
