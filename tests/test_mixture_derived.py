@@ -21,7 +21,7 @@ def fitted(covariance_type, **params):
         return GaussianMixture(3, covariance_type=covariance_type, random_state=0, **params).fit(X)
 
 
-# condition, marginal ---------------------------------------------------------------------------------------------------
+# condition, marginal --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("covariance_type", TYPES)

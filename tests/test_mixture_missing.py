@@ -142,7 +142,8 @@ def test_draws(covariance_type):
     lost = [0, 2]
     scale = np.sqrt(np.diag(covariance)[lost])
     assert (np.abs(draws[:, 0, lost].mean(0) - mean[lost]) < 5 * scale / np.sqrt(4000)).all()
-    np.testing.assert_allclose(np.cov(draws[:, 0, lost].T), covariance[np.ix_(lost, lost)], atol=0.12 * scale.max() ** 2)
+    np.testing.assert_allclose(np.cov(draws[:, 0, lost].T), covariance[np.ix_(lost, lost)],
+                               atol=0.12 * scale.max() ** 2)
     np.testing.assert_array_equal(gm.impute(Y, n_draws=3), gm.impute(Y, n_draws=3))  # random_state is an int
     assert (gm.impute(Y, n_draws=2)[0] != gm.impute(Y, n_draws=2)[1]).sum() == LOST.sum()
     with pytest.raises(ValueError, match="n_draws must be None or an int of at least 1, got 0"):

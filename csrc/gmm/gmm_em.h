@@ -19,11 +19,11 @@ static inline int64_t em_numbers(int64_t k, int64_t d, int covariance) {
 }
 
 struct GmmEmStatistics {
-  double* sums;               // [b, em_numbers]
-  double* used_shift;         // [b, d]: the shift, rounded to the dtype of x
-  const void* sample_weight;  // [n]; null: all 1
-  const double* shift;        // [d]; null: the mean of the mixture
-  const double* initial;      // [b, em_numbers]: what the sums start from; null: 0
+  double* sums;                                // [b, em_numbers]
+  double* used_shift;                          // [b, d]: the shift, rounded to the dtype of x
+  const void* sample_weight;                   // [n]; null: all 1
+  const double* shift;                         // [d]; null: the mean of the mixture
+  const double* initial;                       // [b, em_numbers]: what the sums start from; null: 0
   int64_t sample_weight_stride, shift_stride;  // elements to the next mixture; 0: one for all
   GmmInputs in;
 };
@@ -36,18 +36,18 @@ struct GmmResponsibilities {
 enum GmmStatus : uint8_t { kHealthy = 0, kDead = 1, kSingular = 2, kNotFinite = 3 };
 
 struct GmmMStep {
-  void* weights;             // [b, k]
-  void* log_weights;         // [b, k]
-  void* means;               // [b, k, d]
-  void* covariances;         // [b, ...]
-  void* precisions;          // [b, ...]
-  uint8_t* status;           // [b, k] GmmStatus
-  const double* sums;        // [b, em_numbers]
-  const double* shift;       // [b, d]
+  void* weights;        // [b, k]
+  void* log_weights;    // [b, k]
+  void* means;          // [b, k, d]
+  void* covariances;    // [b, ...]
+  void* precisions;     // [b, ...]
+  uint8_t* status;      // [b, k] GmmStatus
+  const double* sums;   // [b, em_numbers]
+  const double* shift;  // [b, d]
   int64_t b, k, d;
-  int covariance;            // CovarianceType
+  int covariance;  // CovarianceType
   double reg_covar;
-  int dtype;                 // DType of the results: float32 or float64
+  int dtype;  // DType of the results: float32 or float64
 };
 
 struct GmmEmKernels {

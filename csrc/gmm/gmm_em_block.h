@@ -16,9 +16,9 @@ GMK_INLINE typename simd<T>::v responsibility(typename simd<T>::v x) {
 template <class T, int rows>
 struct Block {
   static constexpr int n = simd<T>::n;
-  T* x;       // [d][rows]
-  T* e;       // [k][rows]: log-densities, then responsibilities but for the factor `scale`
-  T* centred; // [d][rows], where the mixture is centred
+  T* x;        // [d][rows]
+  T* e;        // [k][rows]: log-densities, then responsibilities but for the factor `scale`
+  T* centred;  // [d][rows], where the mixture is centred
   T weight[rows], alive[rows], scale[rows];
   double log_likelihood[n];
 
@@ -87,8 +87,9 @@ struct Block {
       }
   }
 
-  void softmax(int64_t k) {
+  void softmax(int64_t k, int64_t d) {
     using v = typename simd<T>::v;
+    bool far = false;
     const v least = splat(T(sizeof(T) == 4 ? -3.4028234e38 : -1.7976931348623157e308));  // -inf - -inf would be NaN
     for (int u = 0; u < rows / n; ++u) {
       T* const p = e + u * n;
@@ -102,11 +103,16 @@ struct Block {
       const v w = load(weight + u * n);
       const auto dead = (typename simd<T>::i)((load(alive + u * n) == v{}) | (sum == v{}));
       store(scale + u * n, select(dead, v{}, w / sum));
+      for (int l = 0; l < n; ++l) far |= dead[l] != 0;
       const v log_prob = select(dead, splat(T(-INFINITY)), top + vlog(sum));
       T part[n];
       store(part, select((typename simd<T>::i)(w == v{}), v{}, w * log_prob));
       for (int l = 0; l < n; ++l) log_likelihood[l] += double(part[l]);
     }
+    if (!far) return;
+    for (int row = 0; row < rows; ++row)  // its square may be infinite
+      if (scale[row] == T(0))
+        for (int64_t f = 0; f < d; ++f) x[f * rows + row] = T(0);
   }
 };
 

@@ -72,8 +72,11 @@ struct Run {
   const int64_t groups, numbers_t, numbers_a;
 
   explicit Run(const GmmEmStatistics& args)
-      : a(args), s(sums_of<A>(args.in)), matrix(matrix_covariance(args.in.covariance)),
-        groups((args.in.n + kEmGroupRows - 1) / kEmGroupRows), numbers_t(W::numbers_t(args.in)),
+      : a(args),
+        s(sums_of<A>(args.in)),
+        matrix(matrix_covariance(args.in.covariance)),
+        groups((args.in.n + kEmGroupRows - 1) / kEmGroupRows),
+        numbers_t(W::numbers_t(args.in)),
         numbers_a((W::numbers_a(s) + 15) / 16 * 16) {}
 
   void group(W& w, const Mixture<T>& m, int64_t b, int64_t g, const T* shift, A* slot, double* heads) const {
@@ -125,8 +128,7 @@ struct Run {
       for (int64_t g0 = 0; g0 < groups; g0 += wave) {
         const int64_t now = groups - g0 < wave ? groups - g0 : wave;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t g = 0; g < now; ++g)
-          group(w, m, b, g0 + g, shift, slots.get() + g * size, heads.get() + 2 * g);
+        for (int64_t g = 0; g < now; ++g) group(w, m, b, g0 + g, shift, slots.get() + g * size, heads.get() + 2 * g);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < size; i += 16)
           for (int64_t g = 0; g < now; ++g)
@@ -224,7 +226,7 @@ Status responsibilities(const GmmResponsibilities& a, int threads) {
         const int64_t count = end - row < rows ? end - row : rows;
         block.load_rows((const T*)in.x + b * in.x_stride + row * in.d, nullptr, count, in.d);
         block.densities(m, matrix);
-        block.softmax(in.k);
+        block.softmax(in.k, in.d);
         for (int64_t c = 0; c < in.k; ++c)
           for (int i = 0; i < rows; ++i) block.e[c * rows + i] *= block.scale[i];
         store_tile((T*)a.out + (b * in.n + row) * in.k, block.e, rows, count, in.k);

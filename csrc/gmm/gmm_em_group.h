@@ -29,7 +29,11 @@ static Sums sums_of(const GmmInputs& in) {
   s.covariance = in.covariance;
   const int64_t pairs = in.d * (in.d + 1) / 2;
   s.shared = in.covariance == kTied ? pairs : 0;
-  s.linear = 1 + in.d + (in.covariance == kFull ? pairs : in.covariance == kDiag ? in.d : in.covariance == kTied ? 0 : 1);
+  s.linear = 1 + in.d +
+             (in.covariance == kFull   ? pairs
+              : in.covariance == kDiag ? in.d
+              : in.covariance == kTied ? 0
+                                       : 1);
   s.narrow = 4 * in.k <= 3 * n && (s.linear * in.k + s.shared) * n * int64_t(sizeof(A)) <= kLaneBytes;
   s.step = s.narrow ? in.k : (in.k + n - 1) / n * n;
   return s;
@@ -145,8 +149,7 @@ struct Worker {
       out.flush();
       out.shared = true;
       out.done = 0;
-      for (int row = 0; row < rows; ++row)
-        row_weight[row] = block.scale[row] == T(0) ? A(0) : A(block.weight[row]);
+      for (int row = 0; row < rows; ++row) row_weight[row] = block.scale[row] == T(0) ? A(0) : A(block.weight[row]);
     }
     if (matrix_covariance(s.covariance))
       for (int64_t a = 0; a < s.d; ++a)
@@ -166,7 +169,7 @@ struct Worker {
       block.load_rows(x + row * s.d, weights ? weights + row : nullptr, count - row < rows ? count - row : rows, s.d);
       for (int i = 0; i < rows; ++i) heads[1] += double(block.weight[i]);
       block.densities(m, matrix);
-      block.softmax(s.k);
+      block.softmax(s.k, s.d);
       const A* const from = responsibilities(s);
       if (!narrow) transpose_responsibilities(s, from);
       add_features(s, shift, from, slot);

@@ -10,8 +10,8 @@ namespace GMK_ISA_NS {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kPanel = 4;                                     // words of components at once
-constexpr int kTall[5] = {0, 12, 12, 8, 6};                   // features at once, by words of components
+constexpr int kPanel = 4;                    // words of components at once
+constexpr int kTall[5] = {0, 12, 12, 8, 6};  // features at once, by words of components
 constexpr int kNarrowFeatures = 6, kNarrowComponents = 4;
 #else
 constexpr int kPanel = 3;

@@ -10,9 +10,9 @@ namespace gmk {
 namespace GMK_ISA_NS {
 namespace {
 
-constexpr double kDeadShare = 0x1p-40;  // of the total weight
-constexpr double kTinyPivot = 0x1p-46;  // of the second moment: below it a pivot is rounding
-constexpr double kRidge = 1e-6;         // of the mean variance: the first that is tried
+constexpr double kDeadShare = 0x1p-40;          // of the total weight
+constexpr double kTinyPivot = 0x1p-46;          // of the second moment: below it a pivot is rounding
+constexpr double kRidge = 1e-6;                 // of the mean variance: the first that is tried
 constexpr double kGolden = 0.6180339887498949;  // no two copies are displaced by the same amount
 constexpr int kAttempts = 40;
 constexpr int n = simd<double>::n;
@@ -55,8 +55,7 @@ struct Moment {
 static Moment moment(const GmmMStep& a, const View& v, int64_t c, int64_t f) {
   const double inverse = 1 / v.nk[c];
   if (a.covariance == kTied) return {v.s2[f * a.d + f] / v.total, tied_covariance(a, v, f, f) + a.reg_covar};
-  if (a.covariance == kFull)
-    return {v.s2[(c * a.d + f) * a.d + f] * inverse, covariance(a, v, c, f, f) + a.reg_covar};
+  if (a.covariance == kFull) return {v.s2[(c * a.d + f) * a.d + f] * inverse, covariance(a, v, c, f, f) + a.reg_covar};
   if (a.covariance == kDiag) {
     const double delta = v.s1[c * a.d + f] * inverse, second = v.s2[c * a.d + f] * inverse;
     return {second, second - delta * delta + a.reg_covar};
@@ -74,7 +73,10 @@ static void find_ridges(const GmmMStep& a, const View& v, double* ridge) {
   for (int64_t c = 0; c < (a.covariance == kTied ? 1 : a.k); ++c) {
     ridge[c] = 0;
     if (a.covariance != kTied && dead(v, c)) continue;
-    for (int64_t f = 0; f < features; ++f) ridge[c] += moment(a, v, c, f).variance;
+    for (int64_t f = 0; f < features; ++f) {
+      const Moment e = moment(a, v, c, f);
+      ridge[c] += e.variance <= kTinyPivot * (e.second + a.reg_covar) ? 0 : e.variance;
+    }
     ridge[c] /= double(features > 0 ? features : 1);
     pooled += a.covariance == kTied ? ridge[c] : ridge[c] * (v.nk[c] / v.total);
   }
@@ -145,7 +147,7 @@ static void matrices(const GmmMStep& a, const double* ridge, int64_t first, int6
   const bool tied = a.covariance == kTied;
   double* const low = scratch;
   double* const upper = low + dd * n;
-  double* const base = upper + dd * n;   // the covariances, lower triangle
+  double* const base = upper + dd * n;  // the covariances, lower triangle
   double* const least = base + dd * n;
   double added[n] = {};
   bool live[n] = {}, odd[n] = {}, singular[n] = {};
@@ -162,14 +164,13 @@ static void matrices(const GmmMStep& a, const double* ridge, int64_t first, int6
     for (int64_t i = 0; i < d; ++i) {
       for (int64_t j = 0; j <= i; ++j) {
         double e = tied ? tied_covariance(a, v, j, i)
-                        : v.s2[c * dd + j * d + i] * inverse -
-                              v.s1[c * d + i] * inverse * (v.s1[c * d + j] * inverse);
+                        : v.s2[c * dd + j * d + i] * inverse - v.s1[c * d + i] * inverse * (v.s1[c * d + j] * inverse);
         if (i == j) e += a.reg_covar;
         base[(i * d + j) * n + l] = e;
         check += e - e;
       }
-      least[i * n + l] = kTinyPivot * ((tied ? v.s2[i * d + i] / v.total : v.s2[c * dd + i * d + i] * inverse) +
-                                       a.reg_covar);
+      least[i * n + l] =
+          kTinyPivot * ((tied ? v.s2[i * d + i] / v.total : v.s2[c * dd + i * d + i] * inverse) + a.reg_covar);
     }
     odd[l] = check != 0;  // also NaN
   }

@@ -107,10 +107,7 @@ class Stream:
         if sample_weight is not None and isinstance(sampler, torch.utils.data.RandomSampler):
             raise ValueError("sample_weight needs rows in a fixed order, but this DataLoader shuffles.")
         self._estimator, self._X, self._weights, self._reset = estimator, X, sample_weight, reset
-        self.device = torch.device("cpu") if estimator.device == "auto" else resolve_device(estimator.device)
-        if estimator.device == "auto" and not isinstance(X, torch.utils.data.DataLoader):
-            self.device = resolve_device("auto")
-        self.n = self.dtype = None
+        self.n = self.dtype = self.device = None
 
     def _arrays(self):
         X = self._X
@@ -128,12 +125,12 @@ class Stream:
                 mapping.madvise(mmap.MADV_DONTNEED)  # else what was read counts as memory of this process
 
     def batches(self, reset=False):
-        """The batches as they come, checked. The first pass (reset) fixes features and dtype."""
+        """The batches as they come, checked. The first one fixes features, dtype and device."""
         for batch in self._arrays():
             rows = check_rows(self._estimator, batch, reset=reset)
             reset = False
             if self.dtype is None:
-                self.dtype = rows.dtype
+                self.dtype, self.device = rows.dtype, rows.device
             yield rows.to(device=self.device, dtype=self.dtype)
 
     def blocks(self):

@@ -285,8 +285,8 @@ def gmm_m_step(stat, covariance_type=None, reg_covar=1e-6, *, dtype=torch.float6
     Returns: `GmmParameters`. Components that cannot be used as they are get these parameters and a ``status``:
 
     - 1, dead (``nk`` at most 2^-40 of the total): a copy of the component that is heaviest by then, with half of its
-      weight, its mean 0.5 to 1.5 standard deviations aside along the first feature of largest variance. When nothing was seen at all:
-      equal weights, means at ``shift``, unit covariances.
+      weight, its mean 0.5 to 1.5 standard deviations aside along the first feature of largest variance. When nothing
+      was seen at all: equal weights, means at ``shift``, unit covariances.
     - 2, singular (a pivot of the Cholesky factor, or a variance, at most 2^-46 of its second moment; where scikit-learn
       raises "ill-defined empirical covariance"): 1e-6 of the mean variance (its own or that of the whole mixture,
       whichever is larger; 1e-6 when that is 0) is added to the diagonal, ten times more until it works; "diag" and

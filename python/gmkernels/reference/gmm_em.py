@@ -145,7 +145,7 @@ def _one_m_step(sums, shift, covariance_type, k, reg_covar):
         covariance = noise[:, 0] - (delta**2).sum(1) / max(d, 1) + reg_covar
         variance = covariance[:, None]
     least = _TINY * (noise + reg_covar)
-    mean_variance = variance.sum(1) / max(variance.shape[1], 1)
+    mean_variance = torch.where(variance <= least, 0.0, variance).sum(1) / max(variance.shape[1], 1)
     share = torch.where(dead, 0.0, nk) / total
     pooled = mean_variance[0] if covariance_type == "tied" else (
         torch.where(dead, 0.0, mean_variance) * share).sum()
@@ -176,11 +176,8 @@ def _one_m_step(sums, shift, covariance_type, k, reg_covar):
         heads[donor] = heads[c] = heads[donor] / 2
         means[c] = means[donor]
         if d:
-            own = variance[0 if covariance_type == "tied" else donor].expand(d)
-            if covariance_type in ("full", "tied"):
-                own = (covariance if covariance_type == "tied" else covariance[donor]).diagonal()
-            elif covariance_type == "diag":
-                own = covariance[donor]
+            own = covariance if covariance_type == "tied" else covariance[donor]
+            own = own.diagonal() if covariance_type in ("full", "tied") else own.expand(d)
             f = next((i for i, e in enumerate((own == own.max()).tolist()) if e), 0)
             means[c, f] += (0.5 + (0.5 + m * _GOLDEN) % 1.0) * own[f].sqrt()
         if covariance_type != "tied":
