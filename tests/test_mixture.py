@@ -5,6 +5,7 @@ import pytest
 import sklearn.mixture
 import torch
 from sklearn.base import clone
+from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.utils.estimator_checks import check_estimator
 
@@ -94,6 +95,11 @@ def test_warm_start():
             fits.append([gm.fit(X).lower_bound_ for _ in range(4)] + [gm])
     np.testing.assert_allclose(fits[0][:4], fits[1][:4], rtol=1e-10)
     same_fit(fits[1][4], fits[0][4])
+    for _ in range(2):  # the change of the first iteration is that since the last fit
+        for gm in (fit[4].set_params(max_iter=200) for fit in fits):
+            gm.fit(X)
+        same_fit(fits[1][4], fits[0][4])
+    assert fits[1][4].n_iter_ == 1
     with pytest.raises(ValueError, match="X has 2 features, but GaussianMixture is expecting 3 features as input"):
         fits[1][4].fit(X[:, :2])
 
@@ -107,8 +113,7 @@ def test_tolerance_and_iterations():
 
 
 def test_no_iterations():
-    ours = GaussianMixture(3, max_iter=0, random_state=0, init_params="k-means++").fit(X)
-    peer = Peer(3, max_iter=0, random_state=0, init_params="k-means++").fit(X)
+    peer, ours = both(n_components=3, max_iter=0, random_state=0, init_params="k-means++", n_init=3)
     np.testing.assert_allclose(ours.means_, peer.means_)
     assert ours.weights_.sum() == pytest.approx(1)  # scikit-learn's sum to 3 / 120
     assert (ours.n_iter_, ours.converged_, ours.lower_bound_) == (0, False, -np.inf)
@@ -180,6 +185,30 @@ def test_weights_in_the_start(init_params):
         if init_params != "random_from_data":  # weights are another way to draw
             same_fit(GaussianMixture(**params).fit(X, sample_weight=np.full(len(X), 2.0)),
                      GaussianMixture(**params).fit(X))
+
+
+@pytest.mark.parametrize("covariance_type", ["full", "tied"])
+@pytest.mark.parametrize("init_params", ["kmeans", "k-means++"])
+def test_start_with_weights(init_params, covariance_type):
+    """The M-step of scikit-learn's weighted clusters."""
+    w = np.random.RandomState(0).rand(len(X)) ** 4
+    gm = GaussianMixture(3, init_params=init_params, covariance_type=covariance_type, random_state=0, max_iter=0)
+    gm.fit(X, sample_weight=w)
+    if init_params == "kmeans":
+        labels = KMeans(3, n_init=1, random_state=np.random.RandomState(0)).fit(X, sample_weight=w).labels_
+        r = (labels[:, None] == np.arange(3)) * w[:, None]
+    else:
+        index = kmeans_plusplus(X, 3, sample_weight=w, random_state=np.random.RandomState(0))[1]
+        r = (np.arange(len(X))[:, None] == index) * w[:, None]
+    nk, means = r.sum(0), r.T @ X / r.sum(0)[:, None]
+    np.testing.assert_allclose(gm.weights_, nk / nk.sum())
+    np.testing.assert_allclose(gm.means_, means)
+    if covariance_type == "tied":  # of all rows, as scikit-learn has it
+        want = ((X * w[:, None]).T @ X - (nk * means.T) @ means) / nk.sum()
+    else:
+        t = X - means[:, None]
+        want = np.einsum("nk,kna,knb->kab", r, t, t) / nk[:, None, None]
+    np.testing.assert_allclose(gm.covariances_, want + 1e-6 * np.eye(3), rtol=1e-9, atol=1e-12)
 
 
 def test_weights_scale_nothing():
@@ -391,6 +420,7 @@ def test_degenerate_rows(covariance_type, what):
             GaussianMixture(reg_covar=0.0, **params).fit(x)
 
 
+@pytest.mark.filterwarnings("ignore:Best performing")
 def test_a_component_far_away_comes_back():
     with pytest.warns(ConvergenceWarning, match=r"were recovered: 1 \(dead\)"):
         gm = GaussianMixture(2, means_init=[X.mean(0), X.mean(0) + 1e4], weights_init=[0.5, 0.5], max_iter=1,
