@@ -13,9 +13,9 @@ if _isa := _os.environ.get("GMKERNELS_ISA"):
         raise ImportError(f"GMKERNELS_ISA must be one of {', '.join(_C.isas())} on this machine, got {_isa!r}")
     _C.set_isa(_isa)
 
-from . import nn, ops, reference  # noqa: E402
+from . import distributions, nn, ops, reference  # noqa: E402
 
-__all__ = ["GaussianMixture", "__version__", "mixture", "nn", "ops", "reference"]
+__all__ = ["GaussianMixture", "__version__", "distributions", "mixture", "nn", "ops", "reference"]
 
 
 def __getattr__(name):

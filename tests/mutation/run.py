@@ -11,12 +11,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from simt import SCHEDULES
+
 from .build import CSRC, ROOT, Builder, Compiled, sources
 from .operators import mutants
 
 TESTS = ROOT / "tests"
 FOLDER = Path(os.environ.get("GMK_MUTANTS", ROOT / "build" / "mutants"))
-OTHER_SCHEDULES = ("descending", "random", "preempt")  # for what the first one lets through
 
 
 def all_mutants(family=""):
@@ -64,7 +65,7 @@ class Tests:
         self.started.append(worker)
         return worker
 
-    def baseline(self, schedule="ascending"):
+    def baseline(self, schedule=SCHEDULES[0]):
         """Without a mutant every test passes; how long each takes."""
         with self.first:
             if schedule in self.checked:
@@ -226,10 +227,10 @@ def _verdict(builder, path, text, original, tests):
         library = builder.link([o for o in objects if objects[o] != original[o]])
     except Compiled:
         return {"verdict": "invalid"}
-    for schedule in ("ascending", *OTHER_SCHEDULES):
+    for schedule in SCHEDULES:  # the others, for what the first one lets through
         verdict, test = tests.run(library, schedule)
         if verdict != "survived":
-            return {"verdict": verdict, "test": test, **({} if schedule == "ascending" else {"schedule": schedule})}
+            return {"verdict": verdict, "test": test, **({} if schedule == SCHEDULES[0] else {"schedule": schedule})}
     return {"verdict": "survived"}
 
 

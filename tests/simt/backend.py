@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -24,10 +25,13 @@ import torch
 
 from gmkernels import _call
 
+from . import SCHEDULES, huge
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "simt"
-SCHEDULES = ("ascending", "descending", "random", "preempt")
+KINDS = ("ascending", "descending", "random", "preempt")  # of schedules, as scheduler.cpp numbers them
+LARGE = 64 << 20  # bytes of an output that is not copied as a whole, where only some blocks run
 WRAPPERS = ("prims.cuh", "cuda_language.h", "simt.h")  # a report names the line that called these
 
 
@@ -201,6 +205,9 @@ def _copy_in(simt, buffer):
     reads = [t for _, t, is_output in tensors if not is_output]
     if not reads:
         return
+    if not writes and buffer.low in huge.files:
+        simt.map_file(buffer.address, huge.files[buffer.low], huge.PERIOD)
+        return simt.define(buffer.address, 0)
     readable = buffer.mask(outputs=False)
     if writes or not bool(readable.all()):
         data = torch.full((size,), 255, dtype=torch.uint8)
@@ -217,6 +224,9 @@ def _copy_out(simt, buffer, complete, scratch):
     """The bytes that the kernel wrote, back to the tensors; yields reports of elements it should have written.
     `scratch`: names of outputs that are workspace."""
     size = buffer.high - buffer.low
+    if size > LARGE and not complete:
+        simt.copy_written(buffer.address, buffer.low)
+        return
     written = torch.empty(size, dtype=torch.uint8)
     simt.written(buffer.address, written.data_ptr())
     host = torch.frombuffer((ctypes.c_uint8 * size).from_address(buffer.low), dtype=torch.uint8)
@@ -244,6 +254,15 @@ def _name(buffer):
 
 
 _lock = threading.Lock()  # one machine; a call from another thread waits
+_written = {}  # address of an output of the last call -> [first, past the last) bytes
+
+
+def written(t):
+    """The elements of `t`, a contiguous output of the last call, that the kernel has written: flat indices."""
+    ranges = torch.tensor(_written[t.data_ptr()], dtype=torch.int64).reshape(-1, 2) // t.element_size()
+    count = ranges[:, 1] - ranges[:, 0]
+    before = torch.cat([count.new_zeros(1), count.cumsum(0)[:-1]])
+    return torch.arange(int(count.sum())) + (ranges[:, 0] - before).repeat_interleave(count)
 
 
 def _run(options, name, outs, ins, scalars):
@@ -251,8 +270,9 @@ def _run(options, name, outs, ins, scalars):
     simt = module()
     with _lock, torch.no_grad():
         simt.reset()
-        simt.configure(*options)
-        schedule, _, check, blocks = options
+        schedule, check, blocks = options
+        kind, _, seed = schedule.partition(":")
+        simt.configure(KINDS.index(kind), int(seed or 0), check, blocks)
         try:
             buffers = _buffers(outs, ins)
             for buffer in buffers:
@@ -269,28 +289,36 @@ def _run(options, name, outs, ins, scalars):
             reports = []
             count = _call.Kernel.scratch.get(name, 0)
             scratch = [f"out[{i}]" for i in range(len(outs) - count, len(outs))]
+            _written.clear()
             for buffer in buffers:
                 if any(is_output for _, _, is_output in buffer.tensors):
+                    if blocks:
+                        _written[buffer.low] = simt.written_ranges(buffer.address)
                     reports.extend(_copy_out(simt, buffer, complete, scratch))
             reports = [*_reports(simt), *reports]
         finally:
             simt.reset()
     if reports:
-        raise Reported(name, SCHEDULES[schedule], reports)
+        raise Reported(name, schedule, reports)
 
 
 @contextlib.contextmanager
-def running(schedule=None, seed=0, check=True, blocks=()):
+def running(schedule=None, check=True, blocks=()):
     """Kernel calls run in the emulator until the end of the scope.
 
-    schedule: "ascending", "descending", "random" (by `seed`), "preempt" (random, and threads are interrupted between
-    accesses); None: the environment's GMK_SIMT_SCHEDULE, or ascending. blocks: run only the blocks with these linear
-    indices, for tensors too large to run whole.
+    schedule: "ascending", "descending", "random", "preempt" (random, and threads are interrupted between accesses), the
+    last two with a seed if you like, "random:7"; None: the environment's GMK_SIMT_SCHEDULE, or ascending.
+    blocks: run only the blocks with these linear indices, -1 the last of each launch, for tensors too large to run
+    whole (huge.py); `written` says what they wrote. Nothing is said then of elements that nobody has written, nor of
+    reading them where a block of an earlier launch may have done it.
     """
     simt = module()
-    schedule = schedule or os.environ.get("GMK_SIMT_SCHEDULE", "ascending")
+    schedule = schedule or os.environ.get("GMK_SIMT_SCHEDULE") or SCHEDULES[0]
+    if not re.fullmatch(rf"({'|'.join(KINDS)})(:\d+)?", schedule):
+        raise ValueError(f"schedule must be one of {', '.join(KINDS)}, or such a name with a seed, as random:7; "
+                         f"got {schedule!r}")
     before = _call.Kernel.backend
-    _call.Kernel.backend = functools.partial(_run, (SCHEDULES.index(schedule), seed, check, list(blocks)))
+    _call.Kernel.backend = functools.partial(_run, (schedule, check, list(blocks)))
     try:
         yield simt
     finally:

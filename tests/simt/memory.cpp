@@ -1,8 +1,9 @@
 // Device memory, and the check of each access: bounds, alignment, initialisation, read-only inputs, host pointers.
 //
 // Global memory is one large reserved range. A buffer has exactly the bytes its tensor has; at least 64 KiB around it
-// belong to nobody, so that an index that is a little wrong lands where it is seen. Shared arrays lie in the first 256
-// KiB, laid out anew for each block.
+// belong to nobody, so that an index that is a little wrong lands where it is seen. The first quarter of the range is
+// nobody's too: an index that has become negative lands there. Shared arrays lie in the first 512 KiB, laid out anew
+// for each block. Only pages that somebody touches take memory, here and in what is remembered about each byte.
 #include "runtime.h"
 
 #include <stdlib.h>
@@ -14,25 +15,46 @@ namespace gmk_simt {
 namespace {
 
 constexpr size_t kSlot = 64 * 1024, kSharedArea = 8 * kSlot, kSharedGap = 256;
-constexpr size_t kFillLimit = size_t(256) << 20;
+constexpr size_t kFillLimit = size_t(256) << 20, kLarge = size_t(1) << 20;
 
 uintptr_t arena = 0;
-size_t arena_bytes = 0, arena_top = kSharedArea;
+size_t arena_bytes = 0, global_start = 0, arena_top = 0;
 std::vector<Region*> regions;        // global memory
 std::vector<uint16_t> slots;         // 64 KiB slot -> 1 + index in `regions`, 0: nobody's
 std::vector<Region> shared_regions;  // of this block
 std::vector<std::pair<const Site*, size_t>> sites;
 size_t shared_top = 0;
+bool mapped = false;  // a file, into the arena
 uint8_t* shared_state = nullptr;
 Cell* shared_cells = nullptr;
 
+// Zeros that take no memory until they are written; nullptr if there is no room.
+void* reserve(size_t bytes, void* at = nullptr) {
+  void* const p = mmap(at, bytes, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (at ? MAP_FIXED : 0), -1, 0);
+  if (p == MAP_FAILED) return nullptr;
+  madvise(p, bytes, MADV_NOHUGEPAGE);  // a byte here and there must not take 2 MiB each
+  return p;
+}
+template <class T>
+T* new_zeros(size_t count) {
+  const size_t bytes = count * sizeof(T);
+  return static_cast<T*>(bytes < kLarge ? calloc(bytes, 1) : reserve(bytes));
+}
+template <class T>
+void delete_zeros(T* p, size_t count) {
+  if (p && count * sizeof(T) < kLarge) free(p);
+  if (p && count * sizeof(T) >= kLarge) munmap(p, count * sizeof(T));
+}
+
 void reserve_arena() {
   if (arena) return;
-  for (size_t bytes = size_t(64) << 30; !arena && bytes >= size_t(256) << 20; bytes /= 2) {
-    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) continue;
+  for (size_t bytes = size_t(256) << 30; !arena && bytes >= size_t(256) << 20; bytes /= 2) {
+    void* const p = reserve(bytes);
+    if (!p) continue;
     arena = (uintptr_t(p) + kSlot - 1) & ~(kSlot - 1);
     arena_bytes = bytes - kSlot;
+    arena_top = global_start = bytes / 4;
   }
   if (!arena) abort();
   slots.assign(arena_bytes / kSlot + 1, 0);
@@ -83,7 +105,9 @@ void foreign(uintptr_t address, size_t bytes, Kind kind, const void* pc) {
 
 void check_initialised(Region& region, uintptr_t address, size_t bytes, Kind kind, const void* pc) {
   uint8_t* const state = region.state + (address - region.low);
-  if (kind != Kind::write && !region.defined) {
+  // Where only some blocks run, the others of an earlier launch may have written it.
+  const bool unknown = !machine.options.blocks.empty() && machine.launch != machine.first_launch && !region.shared;
+  if (kind != Kind::write && !region.defined && !unknown) {
     for (size_t i = 0; i < bytes; ++i) {
       if (state[i] & kInitialised) continue;
       report("uninitialised", machine.current, {pc_offset(pc)},
@@ -92,18 +116,22 @@ void check_initialised(Region& region, uintptr_t address, size_t bytes, Kind kin
       break;
     }
   }
-  if (kind != Kind::read)
-    for (size_t i = 0; i < bytes; ++i) state[i] = kInitialised | kWritten;
+  if (kind == Kind::read) return;
+  for (size_t i = 0; i < bytes; ++i) state[i] = kInitialised | kWritten;
+  if (region.pages)
+    for (size_t page = (address - region.low) / kPage; page <= (address - region.low + bytes - 1) / kPage; ++page)
+      region.pages[page] = 1;
 }
 
-uintptr_t add_shared(const std::string& name, size_t bytes, size_t align) {
+uintptr_t add_shared(const std::string& name, size_t bytes, size_t align, const void* pc) {
   align = std::max<size_t>(align, 16);
   shared_top = (shared_top + align - 1) & ~(align - 1);
   const size_t offset = shared_top + kSharedGap * (shared_regions.size() + 1);
   const size_t start = (offset + 127) & ~size_t(127);
-  if (start + bytes + kSharedGap > kSharedArea) {
-    report("bad-launch", machine.current, {}, "shared memory %s: %zu bytes are more than a block can have",
-           name.c_str(), bytes);
+  if (shared_top + bytes > kMaxShared) {
+    report("bad-launch", machine.current, {pc_offset(pc)},
+           "with %s (%zu bytes) a block has %zu bytes of shared memory, more than 227 KiB; the launch ends here",
+           name.c_str(), bytes, shared_top + bytes);
     abort_launch();
   }
   shared_top += bytes;
@@ -112,7 +140,7 @@ uintptr_t add_shared(const std::string& name, size_t bytes, size_t align) {
   __builtin_memset(shared_state + start, 0, bytes);
   // The cells need no clearing: what they hold is of another block's context.
   shared_regions.push_back(
-      {low, low + bytes, name, true, false, false, shared_state + start, shared_cells + start / 4});
+      {low, low + bytes, name, true, false, false, shared_state + start, shared_cells + start / 4, nullptr});
   return low;
 }
 
@@ -143,8 +171,11 @@ void access(uintptr_t address, size_t bytes, Kind kind, const void* pc) {
     Region* const region = find_region(address);
     if (!region || address < region->low || address + bytes > region->high) {
       const uintptr_t first_bad = region && address >= region->low && address < region->high ? region->high : address;
-      report("out-of-bounds", me, {pc_offset(pc)}, "%s of %zu bytes, %s", kind == Kind::read ? "read" : "write", bytes,
-             neighbour(first_bad).c_str());
+      report("out-of-bounds", me, {pc_offset(pc)}, "%s of %zu bytes, %s",
+             kind == Kind::read    ? "read"
+             : kind == Kind::write ? "write"
+                                   : "atomic",
+             bytes, neighbour(first_bad).c_str());
       if (first_bad == address) return;
       bytes = region->high - address;  // the part that is inside counts as any access
     }
@@ -156,6 +187,8 @@ void access(uintptr_t address, size_t bytes, Kind kind, const void* pc) {
     if (!region->defined || kind != Kind::read) check_initialised(*region, address, bytes, kind, pc);
     if (region->cells) check_race(*region, address, bytes, kind, pc);
   }
+  if (kind == Kind::read) watch_read(address, pc);
+  if (kind == Kind::write) ++machine.progress;
   if (machine.options.schedule == Schedule::preempt) preempt_point();
 }
 
@@ -187,25 +220,60 @@ uintptr_t allocate(size_t bytes, size_t phase, const std::string& name, bool rea
   if (end + kSlot > arena_bytes || regions.size() >= 65000) return 0;
   arena_top = end;
   const uintptr_t low = arena + start;
-  uint8_t* const state = static_cast<uint8_t*>(calloc(bytes + 1, 1));
-  Cell* const cells = read_only ? nullptr : static_cast<Cell*>(calloc(bytes / 4 + 2, sizeof(Cell)));
-  regions.push_back(new Region{low, low + bytes, name, false, read_only, false, state, cells});
+  uint8_t* const state = new_zeros<uint8_t>(bytes + 1);
+  uint8_t* const pages = new_zeros<uint8_t>(bytes / kPage + 1);
+  Cell* const cells = read_only ? nullptr : new_zeros<Cell>(bytes / 4 + 2);
+  regions.push_back(new Region{low, low + bytes, name, false, read_only, false, state, cells, pages});
+  if (!state || !pages || (!cells && !read_only)) return 0;
   for (size_t slot = start / kSlot; slot <= (start + bytes) / kSlot; ++slot) slots[slot] = uint16_t(regions.size());
   if (bytes <= kFillLimit) __builtin_memset(reinterpret_cast<void*>(low), 0xff, bytes);  // NaN, where it leaks
   return low;
 }
 
+void map_file(uintptr_t address, int file, size_t period) {
+  const Region& region = *find_region(address);
+  if (region.low % kPage) abort();
+  for (uintptr_t at = region.low; at < region.high; at += period) {
+    const size_t bytes = std::min<size_t>(period, region.high - at);
+    if (mmap(reinterpret_cast<void*>(at), bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file, 0) ==
+        MAP_FAILED)
+      abort();
+  }
+  mapped = true;
+}
+
+std::vector<std::pair<size_t, size_t>> written_ranges(const Region& region) {
+  std::vector<std::pair<size_t, size_t>> ranges;
+  const size_t bytes = region.high - region.low;
+  for (size_t page = 0; page * kPage < bytes; ++page) {
+    if (!region.pages[page]) continue;
+    for (size_t i = page * kPage; i < std::min((page + 1) * kPage, bytes); ++i) {
+      if (!(region.state[i] & kWritten)) continue;
+      if (ranges.empty() || ranges.back().second != i) ranges.push_back({i, i});
+      ranges.back().second = i + 1;
+    }
+  }
+  return ranges;
+}
+
 void free_all() {
   for (Region* region : regions) {
-    free(region->state);
-    free(region->cells);
+    const size_t bytes = region->high - region->low;
+    delete_zeros(region->state, bytes + 1);
+    delete_zeros(region->pages, bytes / kPage + 1);
+    delete_zeros(region->cells, bytes / 4 + 2);
     delete region;
   }
   regions.clear();
-  if (!arena || arena_top == kSharedArea) return;
-  std::fill(slots.begin() + kSharedArea / kSlot, slots.begin() + arena_top / kSlot + 1, 0);
-  madvise(reinterpret_cast<void*>(arena + kSharedArea), arena_top - kSharedArea, MADV_DONTNEED);
-  arena_top = kSharedArea;
+  if (!arena || arena_top == global_start) return;
+  std::fill(slots.begin() + long(global_start / kSlot), slots.begin() + long(arena_top / kSlot) + 1, 0);
+  void* const first = reinterpret_cast<void*>(arena + global_start);
+  if (mapped)
+    reserve(arena_top - global_start, first);
+  else
+    madvise(first, arena_top - global_start, MADV_DONTNEED);
+  mapped = false;
+  arena_top = global_start;
 }
 
 void begin_block_memory() {
@@ -220,7 +288,8 @@ size_t shared_bytes_used() { return shared_top; }
 void* shared_static(const Site* site) {
   for (const auto& known : sites)
     if (known.first == site) return reinterpret_cast<void*>(known.second);
-  const uintptr_t address = add_shared(std::string("shared array ") + site->name, site->size, site->align);
+  const uintptr_t address =
+      add_shared(std::string("shared array ") + site->name, site->size, site->align, __builtin_return_address(0));
   sites.push_back({site, address});
   return reinterpret_cast<void*>(address);
 }
@@ -229,7 +298,7 @@ void* shared_dynamic(size_t align) {
   static const Site dynamic{"dynamic shared memory", 0, 0};
   for (const auto& known : sites)
     if (known.first == &dynamic) return reinterpret_cast<void*>(known.second);
-  const uintptr_t address = add_shared(dynamic.name, machine.dynamic_bytes, align);
+  const uintptr_t address = add_shared(dynamic.name, machine.dynamic_bytes, align, __builtin_return_address(0));
   sites.push_back({&dynamic, address});
   return reinterpret_cast<void*>(address);
 }

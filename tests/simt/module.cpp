@@ -3,6 +3,7 @@
 #include "runtime.h"
 
 #include <pybind11/stl.h>
+#include <string.h>
 
 #include "core/tensor_args.h"
 
@@ -21,9 +22,10 @@ PYBIND11_MODULE(_simt, m) {
 #undef GMK_FAMILY
   gmk::bind_bugs(m);
 
-  // schedule: 0 ascending, 1 descending, 2 random, 3 random with preemption. blocks: run only these, [] all.
-  m.def("configure", [](int schedule, uint64_t seed, bool check, std::vector<unsigned> blocks) {
+  // schedule: see Schedule. blocks: run only these, negative ones from the last; [] all.
+  m.def("configure", [](int schedule, uint64_t seed, bool check, std::vector<int64_t> blocks) {
     machine.options = {Schedule(schedule), seed, check, std::move(blocks)};
+    machine.first_launch = machine.launch + 1;
   });
   m.def("reset", [] {
     free_all();
@@ -49,6 +51,14 @@ PYBIND11_MODULE(_simt, m) {
     const Region& region = *find_region(address);
     for (size_t i = 0; i < region.high - region.low; ++i)
       reinterpret_cast<uint8_t*>(mask)[i] = (region.state[i] & kWritten) != 0;
+  });
+  // For buffers too large to copy: an input whose bytes are those of a file, repeated; what the kernel has written, as
+  // [first, past the last) bytes; and these alone to `host`.
+  m.def("map_file", &map_file);
+  m.def("written_ranges", [](uintptr_t address) { return written_ranges(*find_region(address)); });
+  m.def("copy_written", [](uintptr_t address, uintptr_t host) {
+    for (const auto& r : written_ranges(*find_region(address)))
+      memcpy(reinterpret_cast<void*>(host + r.first), reinterpret_cast<void*>(address + r.first), r.second - r.first);
   });
   m.def("aborted", [] { return machine.aborted; });
   m.def("reports", [] {

@@ -41,8 +41,10 @@ struct Region {
   bool defined;    // every byte is initialised, so nobody looks at `state`
   uint8_t* state;  // per byte: kInitialised, kWritten
   Cell* cells;     // per four bytes; nullptr for read-only memory, where nobody can race
+  uint8_t* pages;  // per page of the buffer: has it been written?
 };
 enum : uint8_t { kInitialised = 1, kWritten = 2 };
+constexpr size_t kPage = 4096;
 
 struct Copy {  // a cp.async in flight
   char* to;
@@ -71,6 +73,9 @@ struct Fiber {
   size_t bytes;
   uint32_t clock, seen[32];  // happens-before inside a warp: seen[l] > c means lane l's accesses at clock c are ordered
   bool fenced;
+  uintptr_t recent[4];  // addresses it has read
+  unsigned next_recent, repeats, idle_turns;
+  uint64_t idle_since;  // machine.progress when it last waited in a loop
   std::vector<Copy> copies;
   std::vector<size_t> groups;  // copies up to this index belong to the group
 };
@@ -80,7 +85,7 @@ struct Options {
   Schedule schedule = Schedule::ascending;
   uint64_t seed = 0;
   bool check = true;
-  std::vector<unsigned> blocks;  // run only these; empty: all
+  std::vector<int64_t> blocks;  // run only these, negative ones from the last; empty: all
 };
 struct Report {
   std::string kind, kernel, message;
@@ -106,9 +111,10 @@ struct Machine {
   uint3 block_index;
   uint32_t block;  // linear
   int threads, live;
-  uint32_t launch, block_serial, epoch;
+  uint32_t launch, first_launch, block_serial, epoch;  // first_launch: of this call
   uint64_t time, random_state;
-  bool aborted;  // this launch cannot go on
+  uint64_t progress;  // writes, barriers passed, threads ended: what a thread may be waiting for
+  bool aborted;       // this launch cannot go on
   const void* closure;
   size_t closure_bytes;
   size_t dynamic_bytes;
@@ -129,6 +135,8 @@ bool inside(uintptr_t address, size_t bytes);  // all of it in one region
 void begin_block_memory();
 size_t shared_bytes_used();
 uintptr_t allocate(size_t bytes, size_t phase, const std::string& name, bool read_only);
+void map_file(uintptr_t address, int file, size_t period);  // its bytes, over and over, from the start of the region
+std::vector<std::pair<size_t, size_t>> written_ranges(const Region& region);  // [first, past the last) byte
 void free_all();
 
 // race.cpp
@@ -143,10 +151,11 @@ void run_warp_op(WarpOp op, unsigned lanes, Fiber* warp);
 void try_warp(int warp);
 void wait_in_warp(WarpOp op, unsigned mask, int detail, const void* in, void* out, size_t bytes, const void* pc);
 void make_ready(Fiber& fiber);
-void yield_fiber();                // let another thread go on
-void preempt_point();              // perhaps
-void to_scheduler();               // the current fiber waits
-[[noreturn]] void abort_launch();  // from a fiber: drop every thread of this launch
+void yield_fiber();                                  // let another thread go on
+void preempt_point();                                // perhaps
+void watch_read(uintptr_t address, const void* pc);  // is it waiting in a loop?
+void to_scheduler();                                 // the current fiber waits
+[[noreturn]] void abort_launch();                    // from a fiber: drop every thread of this launch
 uint64_t random_bits();
 
 }  // namespace gmk_simt
