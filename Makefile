@@ -3,9 +3,10 @@
 #
 #   make bench       environment, wheel, the quick benchmark        make dev     build in place: PYTHONPATH=python
 #   make test        environment, wheel, the tests                  make wheel   release wheel, all GPU generations
-#   make test-deep   the slow tests too                             make sdist   and a wheel from it
+#   make test-deep   what `make test` leaves out: see below         make sdist   and a wheel from it
 #   make doctor      what runs on this machine, and why             make lint    ruff, clang-format; `make format` mends
 #   make mutants     plant small bugs everywhere in the CUDA sources: do the tests notice? FAMILY= SAMPLE= SEED= JOBS=
+#   make test-slow   tests marked slow; make test-schedules: the simt tests under the emulator's other schedules
 #   make docs-check  tables and examples of the docs                make clean   all but .venv; `make distclean`: that too
 #   make sanitize-address   tests of the CPU code under ASan and UBSan; make sanitize-thread: under TSan
 #   make cuda-static STATIC_ARCHS=90  registers, spills, instructions of the CUDA kernels; make cuda-budget writes them anew
@@ -45,8 +46,10 @@ DEV_ARCHS := $(or $(CUDAARCHS),$(LOCAL_ARCHS),90)
 # A build for other settings is another build: the stamp carries them.
 WHEEL_STAMP := $(STAMPS)/wheel-$(subst ;,-,$(DEV_ARCHS))-$(or $(GMKERNELS_CUDA),AUTO)
 
+FAMILIES := $(filter-out cuda,$(sort $(notdir $(patsubst %/,%,$(dir $(wildcard csrc/*/*.cu))))))
+FAMILY_TESTS := $(sort $(foreach family,$(FAMILIES),$(wildcard tests/test_$(family)*.py)))
 SANITIZE := sanitize-address sanitize-thread
-.PHONY: help bench test test-deep mutants doctor dev wheel sdist lint format docs-check clean distclean \
+.PHONY: help bench test test-deep test-slow test-schedules mutants doctor dev wheel sdist lint format docs-check clean distclean \
   $(SANITIZE) cuda-static cuda-budget gpu-check gpu-check-dry
 
 help:
@@ -93,12 +96,27 @@ test: $(WHEEL_STAMP)
 	@echo "== tests"
 	$(PY) -m pytest tests -m "not slow"
 
+# All of them, also when one fails, each with its wall and CPU seconds.
+DEEP := test-slow test-schedules sanitize-address sanitize-thread cuda-static
 test-deep: $(WHEEL_STAMP)
-	@echo "== tests, the slow ones too"
-	$(PY) -m pytest tests
-	$(MAKE) sanitize-address
-	$(MAKE) sanitize-thread
-	$(MAKE) cuda-static
+	@failed=()
+	for part in $(DEEP); do
+	  echo "== deep: $$part"
+	  TIMEFORMAT="== deep: $$part: %0R s, CPU %0U + %0S s"
+	  time $(MAKE) $$part || failed+=($$part)
+	done
+	echo "== deep: $${failed[*]:+FAILED: }$${failed[*]:-all passed}"
+	[ $${#failed[@]} = 0 ]
+
+test-slow: $(WHEEL_STAMP)
+	@$(PY) -m pytest tests -m slow
+
+# Ascending is the one that `make test` takes; two processes, because the emulator is one thread.
+test-schedules: $(WHEEL_STAMP)
+	@for schedule in $$(PYTHONPATH=tests $(PY) -c "from simt import SCHEDULES; print(*SCHEDULES[1:])"); do
+	  echo "== emulator, schedule $$schedule"
+	  GMK_SIMT_SCHEDULE=$$schedule $(PY) -m pytest -n 2 -m "not slow" -k "simt and not huge" $(FAMILY_TESTS)
+	done
 
 # All generations and the disassembly; STATIC_ARCHS=90 is the quick form, without it.
 cuda-static: $(STAMPS)/env

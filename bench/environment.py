@@ -70,7 +70,9 @@ def describe(env):
 
 
 def commit():
-    """Of the checkout that this file is in: short, "-dirty" with uncommitted changes. None outside of one."""
+    """GMK_COMMIT, else of the checkout that this file is in: short, "-dirty" with uncommitted changes, or None."""
+    if os.environ.get("GMK_COMMIT"):
+        return os.environ["GMK_COMMIT"]
     here = Path(__file__).resolve().parent
     top = _output("git", "-C", str(here), "rev-parse", "--show-toplevel").strip()
     if not top or not (Path(top) / "bench" / "case.py").is_file():  # some other project's checkout

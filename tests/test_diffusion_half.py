@@ -58,7 +58,8 @@ def test_nan(device, dtype):
 def test_every_number_comes_back(device, dtype):
     """A half is a float32, and that float32 is the half again."""
     bits = torch.arange(-(2**15), 2**15, 1 if not device.simt else 61).to(torch.int16)
-    bits = torch.cat([bits, torch.tensor([a << 10 | b for a in range(32) for b in (0, 1, 511, 512, 1023)]).to(torch.int16)])
+    more = torch.tensor([a << 10 | b for a in range(32) for b in (0, 1, 511, 512, 1023)])
+    bits = torch.cat([bits, more.to(torch.int16)])
     x = bits.view(dtype)
     x = x[~x.isnan()].to(device.torch)
     c = torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0], device=device.torch)

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 import cases
 from diffusion_cases import DDIM, F64, OPTIONS, call, close, coefficients, tensors
@@ -236,7 +237,7 @@ def test_fake_tensors_modes_and_subclasses(kernel_calls):
             ops.diffusion_step(x, x, torch.empty(7))
     assert kernel_calls == []
     x = torch.ones(2, 3)
-    with torch.utils.flop_counter.FlopCounterMode(display=False):
+    with FlopCounterMode(display=False):
         ops.diffusion_step(x, x, coefficients())
     assert kernel_calls == ["diffusion_step"]
 

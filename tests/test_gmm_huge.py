@@ -9,7 +9,8 @@ from gmkernels import ops, reference
 
 backend = pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
 huge = backend.huge
-D, FLOAT = 64, torch.float32
+FLOAT = torch.float32
+needs_room = pytest.mark.skipif(not huge.torch_can_allocate(10 << 30), reason="no 10 GB of address space")
 
 
 def mixture(b, k, d, covariance_type):
@@ -23,9 +24,8 @@ def mixture(b, k, d, covariance_type):
     return cases.data(b, k, dtype=FLOAT, seed=2).log_softmax(-1), cases.data(b, k, d, dtype=FLOAT, seed=3) * 0.1, p
 
 
-@pytest.mark.parametrize("covariance_type", ["full", "diag"])
-def test_x_simt(covariance_type):
-    d, k = (4, 2) if covariance_type == "full" else (D, 1)
+@pytest.mark.parametrize("covariance_type, k, d", [("full", 2, 4), ("diag", 1, 64), ("diag", 1, 260)])
+def test_x_simt(covariance_type, k, d):
     n = 2**31 // d + 2**20
     x, out = huge.periodic((n, d), FLOAT), huge.empty((n,), FLOAT)
     parameters = [t[0] for t in mixture(1, k, d, covariance_type)]
@@ -36,6 +36,20 @@ def test_x_simt(covariance_type):
     assert at[-1] * d >= 2**31
     want = reference.gmm.gmm_log_prob(x[at].double(), *(t.double() for t in parameters), covariance_type)
     cases.close(out[at], want, rtol=1e-5, atol=1e-4)
+
+
+def test_mixtures_simt():
+    b, n, d = 2**10, 2**15 + 2**10, 64
+    x, out = huge.periodic((b, n, d), FLOAT), huge.empty((b, n), FLOAT)
+    parameters = mixture(b, 1, d, "diag")
+    with backend.running(blocks=[-1]):
+        ops.gmm_log_prob(x, *parameters, "diag", out=out)
+        at = backend.written(out)
+    at = torch.cat([at[::97], at[-100:]])
+    assert at[-1] * d >= 2**31
+    own = (t[at // n].double() for t in parameters)
+    want = reference.gmm.gmm_log_prob(x.view(-1, 1, d)[at].double(), *own, "diag")[:, 0]
+    cases.close(out.flatten()[at], want, rtol=1e-5, atol=1e-4)
 
 
 def test_rows_simt():
@@ -64,9 +78,11 @@ def test_precisions_simt():
     cases.close(got, reference.gmm.gmm_log_prob(x.double(), *last, "full"), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("covariance_type", ["diag", "tied"])
-def test_backward_simt(covariance_type):
-    b, n, d = (2**10, 2**15 + 2**10, 66) if covariance_type == "diag" else (2**13, 2**15 + 2**10, 8)
+@needs_room
+@pytest.mark.parametrize("covariance_type, b, n, d", [("diag", 2**10, 2**15 + 2**10, 66),
+                                                      ("diag", 2**8, 2**15 + 2**10, 260),
+                                                      ("tied", 2**13, 2**15 + 2**10, 8)])
+def test_backward_simt(covariance_type, b, n, d):
     x, parameters = huge.periodic((b, n, d), FLOAT), mixture(b, 1, d, covariance_type)
     parameters[0].add_(1.5 * d)  # so that densities are of the size of 1
     grad, log_prob = huge.periodic((b, n), FLOAT, seed=5), huge.periodic((b, n), FLOAT, seed=6)

@@ -25,6 +25,7 @@ BUGS = {
     "local_past_end": ("out-of-bounds", (), 64),
     "dynamic_shared_past_end": ("out-of-bounds", (), 64),
     "copy_past_end": ("out-of-bounds", ("race",), 64),
+    "atomic_past_end": ("out-of-bounds", ("unwritten-output",), 64),
     "misaligned_vector": ("misaligned", (), 128),
     "misaligned_double": ("misaligned", (), 64),
     "uninitialised_output": ("uninitialised", (), 128),
@@ -32,6 +33,7 @@ BUGS = {
     "write_to_input": ("write-to-input", (), 128),
     "unwritten": ("unwritten-output", (), 128),
     "write_between": ("write-between", (), 64),
+    "too_much_shared": ("bad-launch", (), 64),
     "host_read": ("host-pointer", (), 64),
     "host_write": ("host-pointer", (), 64),
     "null_pointer": ("host-pointer", (), 64),
@@ -48,14 +50,23 @@ BUGS = {
     "divergent_barrier": ("barrier-divergence", (), 128),
     "exited_barrier": ("barrier-exited", (), 100),
     "deadlock": ("deadlock", (), 64),
+    "spin": ("spin", (), 128),
+    "endless_loop": ("spin", (), 64),
     "wrong_mask": ("warp-mask", (), 64),
     "inactive_source": ("shuffle-source", (), 64),
     "exited_lanes": ("warp-mask", (), 64),
+    "vote_mask": ("warp-mask", (), 64),
     "mma_with_half_a_warp": ("warp-mask", ("mma-mask",), 64),
     "missing_wait": ("uninitialised", ("race",), 64),
     "wait_without_barrier": ("race", ("uninitialised",), 64),
     "copies_never_waited": ("async-not-waited", (), 64),
+    "async_past_end": ("out-of-bounds", (), 64),
+    "async_misaligned": ("misaligned", (), 64),
+    "async_overwrites": ("race", ("uninitialised",), 64),
 }
+USES_STATE = {"missing_fence", "plain_counter", "atomic_past_end"}
+COPIES = {name for name in BUGS if name.startswith("async_")} | {"missing_wait", "wait_without_barrier",
+                                                                  "copies_never_waited"}
 PLACELESS = {"unwritten-output", "write-between", "crash", "async-not-waited"}  # no single line is to blame
 
 
@@ -63,10 +74,10 @@ def run(name, bug, n, schedule="ascending"):
     """One kernel of bugs.cu on x = 0, 1, 2, ...: its output, and its reports."""
     x = torch.arange(max(n, 256), dtype=torch.float32)[:n].clone()
     host = torch.ones(n)
-    state = torch.zeros(1, dtype=torch.int32) if name in ("missing_fence", "plain_counter") else None
+    state = torch.zeros(1, dtype=torch.int32) if name in USES_STATE else None
     out = torch.full((2 * n if name == "write_between" else n,), -1.0)
     out = out[::2] if name == "write_between" else out
-    if name in ("missing_wait", "wait_without_barrier", "copies_never_waited"):
+    if name in COPIES:
         x = torch.arange(256, dtype=torch.float32)
     reports = []
     with backend.running(schedule):
@@ -108,6 +119,15 @@ def test_the_same_kernel_without_the_bug_is_clean(name, schedule):
     assert not (out == -1).any()
 
 
+def test_every_kind_of_report_has_a_planted_bug_and_a_line_in_the_docs():
+    root = Path(__file__).parents[1]
+    code = "".join(p.read_text() for p in (root / "tests" / "simt").iterdir() if p.suffix in (".cpp", ".py"))
+    kinds = set(re.findall(r'\b[rR]eport\(\s*"([a-z-]+)"', code))
+    assert len(kinds) >= 18
+    assert kinds == {kind for kind, *_ in BUGS.values()} | {kind for _, also, _ in BUGS.values() for kind in also}
+    assert kinds == set(re.findall(r"^\| `([a-z-]+)` \|", (root / "docs" / "emulator.md").read_text(), re.M))
+
+
 def test_report_tells_what_an_author_needs():
     _, reports = run("missing_second_barrier", True, 64)
     report = next(r for r in reports if "write after an unordered read" in r.message)
@@ -126,6 +146,13 @@ def test_wrong_launch_is_an_error_as_in_cuda():
     assert not run("too_many_threads", False, 12)[1]
     with pytest.raises(RuntimeError, match="invalid configuration"):
         run("too_many_threads", True, 12)
+
+
+def test_more_threads_than_launch_bounds_is_an_error():
+    out, reports = run("launch_bounds", False, 64)
+    assert not reports and bool((out == 1).all())
+    with pytest.raises(RuntimeError, match=r"96 in a block, __launch_bounds__ says 64"):
+        run("launch_bounds", True, 96)
 
 
 def test_votes_and_shuffles():

@@ -95,6 +95,12 @@ GMK_HD void normals_from(PhiloxWords words, float z[4]) {
 }
 
 // Stream ids: counter word 3. One per op, so that two ops with one seed never share numbers; 256 and up are the user's.
-enum PhiloxStream : uint32_t { kStreamNormal = 0, kStreamUniform = 1, kStreamDiffusionStep = 2 };
+enum PhiloxStream : uint32_t {
+  kStreamNormal = 0,
+  kStreamUniform = 1,
+  kStreamDiffusionStep = 2,
+  kStreamGmmComponent = 3,
+  kStreamGmmNormal = 4,
+};
 
 }  // namespace gmk

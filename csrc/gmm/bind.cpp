@@ -1,10 +1,12 @@
 #include "core/dispatch.h"
 #include "core/tensor_args.h"
 #include "gmm/gmm.h"
+#include "gmm/gmm_sample.h"
 
 namespace gmk {
 
 GMK_ISA_TABLES(GmmKernels, gmm_kernels)
+GMK_ISA_TABLES(GmmSampleKernels, gmm_sample_kernels)
 
 static int64_t matrix_numbers(int64_t k, int64_t d, int covariance) {
   return covariance == kFull ? k * d * d : covariance == kTied ? d * d : covariance == kDiag ? k * d : k;
@@ -61,10 +63,35 @@ static GmmLogProbBackward gmm_log_prob_backward(Address grad_x, Address grad_log
   return a;
 }
 
+static GmmSample gmm_sample(Address out, Address component, Address cdf, Address seeds, Address means,
+                            Address precisions, py::tuple strides, int64_t b, int64_t n, int64_t k, int64_t d,
+                            uint64_t seed, int64_t seed_rows, int dtype, int covariance) {
+  GmmSample a{};
+  a.out = pointer(out, b * n * d, "out");
+  a.component = pointer<int64_t>(component, b * n, "component");
+  a.cdf = pointer<double>(cdf, b * k, "cdf");
+  a.seeds = optional_pointer<int64_t>(seeds);
+  a.means = pointer(means, b * k * d, "means");
+  a.precisions = pointer(precisions, b * matrix_numbers(k, d, covariance), "precisions_cholesky");
+  a.cdf_stride = strides[0].cast<int64_t>();
+  a.means_stride = strides[1].cast<int64_t>();
+  a.precisions_stride = strides[2].cast<int64_t>();
+  a.b = b;
+  a.n = n;
+  a.k = k;
+  a.d = d;
+  a.seed = seed;
+  a.seed_rows = seed_rows;
+  a.dtype = dtype;
+  a.covariance = covariance;
+  return a;
+}
+
 void bind_gmm(py::module_& m) {
   bind_op(m, "gmm_log_prob", gmm_log_prob, GMK_CPU(gmm_kernels().log_prob), GMK_CUDA(gmm_log_prob_cuda));
   bind_op(m, "gmm_log_prob_backward", gmm_log_prob_backward, GMK_CPU(gmm_kernels().log_prob_backward),
           GMK_CUDA(gmm_log_prob_backward_cuda));
+  bind_op(m, "gmm_sample", gmm_sample, GMK_CPU(gmm_sample_kernels().gmm_sample), GMK_CUDA(gmm_sample_cuda));
 }
 
 }  // namespace gmk

@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include "core/scratch.h"
+#include "gmm/gmm_few.h"
 #include "gmm/gmm_statistics.h"
 #include "gmm/gmm_tile.h"
 
@@ -402,6 +403,7 @@ Status backward(const GmmLogProbBackward& a, int threads) {
 extern Status gmm_log_prob_backward(const GmmLogProbBackward& a, int threads);
 Status gmm_log_prob_backward(const GmmLogProbBackward& a, int threads) {
   if (a.in.b <= 0) return kOk;
+  if (a.in.n > 0 && gmm_few(a.in, true)) return gmm_few_log_prob_backward(a, threads);
   return a.in.dtype == kFloat64 ? backward<double>(a, threads) : backward<float>(a, threads);
 }
 

@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include "core/scratch.h"
+#include "gmm/gmm_few.h"
 #include "gmm/gmm_tile.h"
 
 namespace gmk {
@@ -165,6 +166,7 @@ Status log_prob(const GmmLogProb& a, int threads) {
 
 Status gmm_log_prob(const GmmLogProb& a, int threads) {
   if (a.in.b <= 0 || a.in.n <= 0) return kOk;
+  if (gmm_few(a.in, false)) return gmm_few_log_prob(a, threads);
   return a.in.dtype == kFloat64 ? log_prob<double>(a, threads) : log_prob<float>(a, threads);
 }
 

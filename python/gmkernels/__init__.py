@@ -13,6 +13,6 @@ if _isa := _os.environ.get("GMKERNELS_ISA"):
         raise ImportError(f"GMKERNELS_ISA must be one of {', '.join(_C.isas())} on this machine, got {_isa!r}")
     _C.set_isa(_isa)
 
-from . import nn, ops, reference  # noqa: E402
+from . import distributions, nn, ops, reference  # noqa: E402
 
-__all__ = ["__version__", "nn", "ops", "reference"]
+__all__ = ["__version__", "distributions", "nn", "ops", "reference"]

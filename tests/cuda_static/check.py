@@ -9,7 +9,9 @@ Every csrc/*/*.cu is compiled for each generation with warnings as errors. Then
     kernels must be those in budget.json: a change there is a diff to look at, not an accident;
   - no kernel may spill or have a stack frame, but those in LOCAL below, with the reason;
   - the disassembly must hold the instructions of ASKED below, and no local-memory access (LDL, STL) outside LOCAL.
-cuobjdump is not part of every CUDA install; the triton wheel's is taken (downloaded once to build/cuda_static).
+cuobjdump and nvdisasm are not part of every CUDA install: else those of this Python's packages are taken (torch for
+CUDA brings triton, which has them), else NVIDIA's wheels, 6 MB, downloaded once to build/cuda_static. Where none can be
+had, the check fails and says so: --no-sass goes without. Without nvcc nothing is checked, and a line says that.
 """
 
 import argparse
@@ -19,16 +21,19 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build/cuda_static"
 BUDGET = HERE / "budget.json"
-TRITON = "triton==3.9.0"
+WHEELS = ("nvidia-cuda-cuobjdump==13.4.92", "nvidia-cuda-nvdisasm==13.5.37")
 ARCHS = ("75", "80", "90", "100", "120")
 
 # Kernels that may have local memory, and why. A pattern of the name as budget.json writes it.
@@ -36,12 +41,27 @@ LOCAL = {
     r"masked_conv2d_kernel<double>": "float64 is a plain path, not tuned: 56 bytes are spilled on sm_90",
 }
 
-# kernel pattern: {instruction pattern: at least how many}
-ASKED = {
+# Instructions as the disassembly writes them, from their beginning.
+LOAD_128 = r"LDG\.E\.(\w+\.)*128"
+STORE_128 = r"STG\.E\.(\w+\.)*128"
+COPY_128 = r"LDGSTS\.E\.(\w+\.)*128"  # cp.async of 16 bytes, sm_80 and later
+MMA_BF16 = r"HMMA\.16816\.F32\.BF16"
+MMA_F16 = r"HMMA\.16816\.F32$"
+MMA_TF32 = r"HMMA\.1688\.F32\.TF32"
+
+
+@dataclass(frozen=True)
+class Asked:
+    kernel: str  # a pattern of the whole name, as budget.json writes it
+    least: dict  # instruction pattern -> at least how many; "(a|b)": one or the other
+    since: int = 75  # GPU generation; mma of these shapes and cp.async: 80
+
+
+ASKED = (
     # x, model_output, uncond, three histories, noise, variance; out, x0
-    r"diffusion_step_kernel<(float|.*bf16|.*f16), \d, true>": {r"LDG\.E\.128": 8, r"STG\.E\.128": 2},
-    r"philox_fill_kernel<float>": {r"STG\.E\.128": 1},
-}
+    Asked(r"diffusion_step_kernel<(float|.*bf16|.*f16), \d, true>", {LOAD_128: 8, STORE_128: 2}),
+    Asked(r"philox_fill_kernel<float>", {STORE_128: 1}),
+)
 
 
 def main():
@@ -75,13 +95,14 @@ def main():
     if not args.no_sass:
         tool = cuobjdump()
         if tool is None:
-            print(f"cuda-static: no disassembly: neither cuobjdump nor {TRITON} can be had here")
+            wrong.append(f"no disassembly: neither cuobjdump and nvdisasm nor {' and '.join(WHEELS)} can be had here "
+                         "(--no-sass goes without)")
         else:
             with ThreadPoolExecutor(args.jobs) as pool:
                 lists = pool.map(lambda job: instructions(tool, job[2]), cubins)
                 for (arch, _, _), listing in zip(cubins, lists, strict=True):
                     wrong += disassembly(arch, listing)
-            asked_for(found, wrong)
+            wrong += out_of_date(found)
     if args.write:
         BUDGET.write_text(dump({"nvcc": version[1], "kernels": found}))
         print(f"cuda-static: wrote {BUDGET.relative_to(ROOT)}")
@@ -105,7 +126,8 @@ def compile_kernels(nvcc, arch, source, cubin):
                "-I", ROOT / "csrc", "-o", cubin, source]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"cuda-static: sm_{arch} {source.relative_to(ROOT)} does not compile:\n{done.stdout}{done.stderr}")
+        name = os.path.relpath(source, ROOT)
+        sys.exit(f"cuda-static: sm_{arch} {name} does not compile:\n{done.stdout}{done.stderr}")
     kernels = {}
     entry = r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, "
     entry += r"(\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -148,32 +170,35 @@ def local_memory(arch, kernels):
 
 
 def cuobjdump():
-    tool = shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump")
-    if tool:
-        return tool
-    folder = BUILD / "tools"
-    names = [f"triton/backends/nvidia/bin/{name}" for name in ("cuobjdump", "nvdisasm")]
-    if not all((folder / Path(name).name).exists() for name in names):
-        wheels = BUILD / "wheels"
-        subprocess.run([sys.executable, "-m", "pip", "--no-input", "-q", "download", "--no-deps", "-d", wheels, TRITON],
-                       stderr=subprocess.DEVNULL)
-        wheel = next(wheels.glob("triton-*.whl"), None) if wheels.exists() else None
-        if wheel is None:
-            return None
-        folder.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(wheel) as archive:
-            for name in names:
-                target = folder / Path(name).name
-                target.write_bytes(archive.read(name))
-                target.chmod(0o755)
-        shutil.rmtree(wheels)
-    return str(folder / "cuobjdump")
+    """A cuobjdump with nvdisasm, which it calls, beside it or on PATH; None where there is none."""
+    site = Path(sysconfig.get_path("purelib"))
+    folders = [None, "/usr/local/cuda/bin", *sorted(site.glob("nvidia/cu*/bin")), site / "triton/backends/nvidia/bin"]
+    for folder in [*folders, BUILD / "tools"]:
+        path = os.environ.get("PATH", "") if folder is None else str(folder)
+        if (tool := shutil.which("cuobjdump", path=path)) and shutil.which("nvdisasm", path=search_path(tool)):
+            return tool
+    with tempfile.TemporaryDirectory() as wheels:
+        subprocess.run([sys.executable, "-m", "pip", "--no-input", "-q", "download", "--no-deps", "-d", wheels,
+                        *WHEELS], stderr=subprocess.DEVNULL)
+        for wheel in Path(wheels).glob("*.whl"):
+            with zipfile.ZipFile(wheel) as archive:
+                for name in archive.namelist():
+                    if "/bin/" in name:
+                        target = BUILD / "tools" / Path(name).name
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        target.write_bytes(archive.read(name))
+                        target.chmod(0o755)
+    return shutil.which("cuobjdump", path=str(BUILD / "tools"))
+
+
+def search_path(tool):
+    return f"{Path(tool).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def instructions(tool, cubin):
     """kernel -> its instructions."""
-    path = f"{Path(tool).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # cuobjdump calls nvdisasm
-    done = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, env=os.environ | {"PATH": path})
+    environment = os.environ | {"PATH": search_path(tool)}
+    done = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"cuda-static: {tool} failed on {cubin}:\n{done.stderr}")
     parts = re.split(r"Function : (\S+)", done.stdout)[1:]
@@ -183,24 +208,30 @@ def instructions(tool, cubin):
             for mangled, text in code.items()}
 
 
-def disassembly(arch, kernels):
+def disassembly(arch, kernels, rules=ASKED):
     for name, code in kernels.items():
         local = sum(op.startswith(("LDL", "STL")) for op in code)
         if local and not allowed_local(name):
             yield f"sm_{arch} {name}: {local} accesses of local memory (LDL, STL)"
-        for pattern, wanted in ASKED.items():
-            if re.fullmatch(pattern, name):
-                for op, least in wanted.items():
-                    count = sum(bool(re.match(op, o)) for o in code)
+        for rule in rules:
+            if applies(rule, arch) and re.fullmatch(rule.kernel, name):
+                for pattern, least in rule.least.items():
+                    count = sum(bool(re.match(pattern, op)) for op in code)
                     if count < least:
-                        yield f"sm_{arch} {name}: {count} instructions {op}, at least {least} are asked for"
+                        yield f"sm_{arch} {name}: {count} instructions {pattern}, at least {least} are asked for"
 
 
-def asked_for(found, wrong):
-    for pattern in [*ASKED, *LOCAL]:
-        for arch, kernels in found.items():
-            if not any(re.search(pattern, name) for name in kernels):
-                wrong.append(f"sm_{arch}: no kernel is called {pattern}: a rule of check.py is out of date")
+def applies(rule, arch):
+    return int(arch) >= rule.since
+
+
+def out_of_date(found, rules=ASKED):
+    """Rules that look at no kernel."""
+    for arch, kernels in found.items():
+        looked = [(rule.kernel, re.fullmatch) for rule in rules if applies(rule, arch)]
+        for pattern, match in [*looked, *((pattern, re.search) for pattern in LOCAL)]:
+            if not any(match(pattern, name) for name in kernels):
+                yield f"sm_{arch}: no kernel is called {pattern}: a rule of check.py is out of date"
 
 
 def compare(arch, kernels, budget):

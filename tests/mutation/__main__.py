@@ -19,7 +19,7 @@ def main(argv=None):
     p.add_argument("--family", default="", help="a folder or a file of csrc/: random, gmm.cu")
     p.add_argument("--operator", default="", help="barrier, bound, narrow, ...")
     p.add_argument("--name", action="append", default=[], help="a mutant; may be repeated")
-    p.add_argument("--sample", type=int, default=0, help="so many, drawn at random; listed survivors are not run; 0: all")
+    p.add_argument("--sample", type=int, default=0, help="so many at random, but no listed survivors; 0: all")
     p.add_argument("--seed", type=int, default=0, help="of the sample")
     p.add_argument("--jobs", type=int, default=2)
     p.add_argument("--again", action="store_true", help="also what earlier runs have found out")

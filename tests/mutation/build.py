@@ -69,9 +69,9 @@ class Builder:
         for name in objects:
             source, command = self.commands[0][name]
             target = self.folder / Path(name).name
-            first = [command[0], f"-I{self.folder / 'csrc'}", *command[1:]]
-            done = subprocess.run([*first, *_FLAGS, "-c", str(self.changed.get(Path(source), source)), "-o", str(target)],
-                                  cwd=backend.BUILD, capture_output=True, text=True)
+            command = [command[0], f"-I{self.folder / 'csrc'}", *command[1:], *_FLAGS, "-o", str(target)]
+            done = subprocess.run([*command, "-c", str(self.changed.get(Path(source), source))], cwd=backend.BUILD,
+                                  capture_output=True, text=True)
             if done.returncode:
                 raise Compiled(done.stderr[:500])
             made[name] = self.bare(target)

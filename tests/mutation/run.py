@@ -89,8 +89,10 @@ class _File:
         # a survivor stays one until there are new tests
         rows = [None if row and row["verdict"] == "survived" and self.present.unseen(row, self.tests.ids) else row
                 for row in rows]
-        self.say(f"{self.path.relative_to(CSRC)}: {rows.count(None)} of {len(rows)} mutants, {len(self.tests.ids)} tests")
-        free, lock, done, began = [Builder(FOLDER / f"{i}") for i in range(self.jobs)], threading.Lock(), [0], time.monotonic()
+        self.say(f"{self.path.relative_to(CSRC)}: {rows.count(None)} of {len(rows)} mutants, "
+                 f"{len(self.tests.ids)} tests")
+        free, lock, done = [Builder(FOLDER / f"{i}") for i in range(self.jobs)], threading.Lock(), [0]
+        began = time.monotonic()
 
         def one(n):
             with lock:
@@ -107,8 +109,8 @@ class _File:
             self.cache.add(row)
             done[0] += 1
             if row["verdict"] == "survived" or done[0] % 50 == 0:
-                self.say(f"  {done[0]}, {time.monotonic() - began:.0f} s, {row['verdict']}: {row['name']} line {row['line']}:"
-                         f" {row['what']}")
+                self.say(f"  {done[0]}, {time.monotonic() - began:.0f} s, {row['verdict']}: {row['name']} "
+                         f"line {row['line']}: {row['what']}")
 
         try:
             with ThreadPoolExecutor(self.jobs) as pool:

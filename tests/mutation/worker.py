@@ -1,9 +1,10 @@
 """A pytest process that has collected the tests once, and runs some of them for each mutant in a fork of itself.
 
-Started by tests.py as `python -m mutation.worker <file descriptor in> <out> <tests...>`. It writes the ids of its tests;
-then it reads a job a line, {"id", "library", "tests": [numbers, in order], "limits": [CPU seconds], "schedule"}, and
-answers {"id", "verdict", "test", "seconds": {number: CPU seconds}} when it is done, several jobs at a time. The job
-{"warm": library} runs all tests once in the process itself, so that later forks inherit what torch does at a first call.
+Started by tests.py as `python -m mutation.worker <file descriptor in> <out> <tests...>`. It writes the ids of its
+tests; then it reads a job a line, {"id", "library", "tests": [numbers, in order], "limits": [CPU seconds],
+"schedule"}, and answers {"id", "verdict", "test", "seconds": {number: CPU seconds}} when it is done, several jobs at a
+time. The job {"warm": library} runs all tests once in the process itself, so that later forks inherit what torch does
+at a first call.
 
 Time is CPU time, and memory is counted: a machine that is busy or a process that is stopped for a while changes no
 verdict.

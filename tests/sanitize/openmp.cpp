@@ -20,23 +20,29 @@ class Team {
   const int size;
   explicit Team(int size) : size(size) {}
 
-  void barrier() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    if (++waiting_ == size) {
-      waiting_ = 0;
-      ++round_;
-      all_here_.notify_all();
+  // Two gates in turn. With one alone, a thread that wakes late from a barrier would lock the mutex after another had
+  // gone through the next one: an order that OpenMP does not promise, and the races between the two would be hidden.
+  void barrier(int turn) {
+    Gate& gate = gates_[turn % 2];
+    std::unique_lock<std::mutex> lock(gate.mutex);
+    if (++gate.waiting == size) {
+      gate.waiting = 0;
+      ++gate.round;
+      gate.all_here.notify_all();
       return;
     }
-    const long mine = round_;
-    all_here_.wait(lock, [&] { return round_ != mine; });
+    const long mine = gate.round;
+    gate.all_here.wait(lock, [&] { return gate.round != mine; });
   }
 
  private:
-  std::mutex mutex_;
-  std::condition_variable all_here_;
-  int waiting_ = 0;
-  long round_ = 0;
+  struct Gate {
+    std::mutex mutex;
+    std::condition_variable all_here;
+    int waiting = 0;
+    long round = 0;
+  };
+  Gate gates_[2];
 };
 
 // Chunks of a loop for one thread: first, first + threads, ...
@@ -49,6 +55,7 @@ struct Place {
   Team* team = nullptr;
   int index = 0;
   int singles = 0;
+  int barriers = 0;
   Loop loop = {};
 };
 thread_local Place here;
@@ -73,7 +80,7 @@ void run(unsigned threads, Body body) {
   Team team(threads ? int(threads) : 1);
   const auto work = [&](int index) {
     const Place outside = here;
-    here = Place{&team, index, 0, {}};
+    here = Place{&team, index, 0, 0, {}};
     body();
     here = outside;
   };
@@ -91,7 +98,7 @@ void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned) 
   run(threads, [=] { body(data); });
 }
 void GOMP_barrier() {
-  if (here.team) here.team->barrier();
+  if (here.team) here.team->barrier(here.barriers++);
 }
 bool GOMP_single_start() { return here.singles++ % team_size() == here.index; }
 

@@ -3,19 +3,22 @@
     python tests/sanitize/run.py address     ASan and UBSan       (make sanitize-address)
     python tests/sanitize/run.py thread      TSan                 (make sanitize-thread)
 
-The module is built for every instruction set, without CUDA, into build/sanitize/<which>; the sanitizer's run time is
-preloaded, because neither Python nor torch has it. First the canaries: calls that are wrong by their addresses must be
-reported, else nothing below means anything. Then tests/test_<family>*.py, CPU only, without what compiles (inductor's
-g++ would run under the sanitizer too, and it generates no code of ours).
+The module is built without CUDA into build/sanitize/<which>; the sanitizer's run time is preloaded, because neither
+Python nor torch has it. First the canaries: calls that are wrong by their addresses must be reported, else nothing
+below means anything. Then tests/test_<family>*.py, CPU only, two tests at a time, without those that spend their time
+outside of our kernels (ELSEWHERE).
 
-address: torch's allocations come from ASan's malloc, so that one byte past a tensor is seen. Leaks are not
-looked for: Python and torch never free everything.
+address: torch's allocations come from ASan's malloc, so that one byte past a tensor is seen. Leaks are not looked for:
+Python and torch never free everything. All instruction sets with ASan, the base one with UBSan too; there all the tests
+run, on the wider ones those that go through shapes (the `isa` fixture has taken the others there already).
 
-thread: OpenMP is tests/sanitize/openmp.cpp, because TSan cannot see libgomp's barriers, and every team has all its
-threads however small the work. A driver in C++ would need its own list of shapes and arguments for each op; in Python
-the tests are the driver, and a new family is covered by existing. Python and torch are not instrumented, so
-tsan.supp silences what torch's own threads copy. AVX-512's masked loads and stores are not seen by either
-sanitizer (GCC instruments no masked access): the same tests on the base instruction set see those tails.
+thread: the base instruction set, in which TSan sees every access. OpenMP is tests/sanitize/openmp.cpp, because TSan
+cannot see libgomp's barriers, and every team has all its threads however small the work. A driver in C++ would need its
+own list of shapes and arguments for each op; in Python the tests are the driver, and a new family is covered by
+existing. Python and torch are not instrumented, so tsan.supp silences what torch's own threads copy.
+
+AVX-512's masked loads and stores are not seen by either sanitizer (GCC instruments no masked access): the same tests on
+the base instruction set see those tails.
 """
 
 import argparse
@@ -42,6 +45,11 @@ OPTIONS = {
 }
 LIBRARIES = {"address": ("libasan.so", "libubsan.so", "libstdc++.so"), "thread": ("libtsan.so", "libstdc++.so")}
 
+# Inductor's g++ would run under the sanitizer too, and makes no code of ours; gradcheck is thousands of calls at one
+# shape, which other tests of gradients have; the rest is torch, a peer or a child process.
+ELSEWHERE = ("simt", "cuda", "huge", "emulator", "compile", "opcheck", "gradcheck", "second_derivatives", "diffusers",
+             "scikit_learn", "nothing_of_size")
+
 # name: (what the report must say, a pattern; the call)
 CANARIES = {
     "address": {
@@ -62,13 +70,13 @@ CANARIES = {
             Kernel.backend = backend
             ops.diffusion_step(x[:-1024], x[:-1024].clone(), torch.ones(8))"""),
         "dynamic loop: a thread writes what its neighbour reads": ("data race", """
-            x = torch.zeros(1, 4, 64, 64)
+            x = torch.zeros(1 << 13)
             def backend(name, outs, ins, scalars):
                 addresses = [0 if t is None else t.data_ptr() for t in (*outs, *ins)]
-                addresses[0] = x.data_ptr()
+                addresses[0] = x.data_ptr() + 4096
                 getattr(_C, name + "_cpu")(*addresses, *scalars, 2)
             Kernel.backend = backend
-            ops.masked_conv2d(x, torch.zeros(4, 4, 3, 3))"""),
+            ops.masked_conv2d(x[:4096].view(1, 1, 64, 64), torch.zeros(1, 1, 3, 3))"""),
     },
 }
 
@@ -90,8 +98,7 @@ def main():
     if args.no_tests:
         return 0
     failed = False
-    # thread: the base build is the one in which TSan sees every access, and what is shared does not depend on the ISA.
-    for isa in ["base"] if args.which == "thread" else isas(environment):
+    for isa in isas(environment):
         failed |= tests(environment | {"GMKERNELS_ISA": isa}, build, args.pytest, isa)
     return int(failed)
 
@@ -165,11 +172,13 @@ def family_tests():
 
 
 def tests(environment, build, chosen, isa):
-    # --capture=sys: UBSan writes to the real stderr and ends the process
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys", "-m", "not slow",
-               "-k", "not simt and not cuda and not compile", *(chosen or family_tests())]
+    which = " and ".join(f"not {word}" for word in ELSEWHERE) + ("" if isa == "base" else " and (cpu or any)")
+    # --capture=sys: UBSan writes to the real stderr and ends the process. -n 2: a worker that died is replaced.
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys", "-m", "not slow", "-k", which,
+               "-W", "ignore", "-n", "2", *(chosen or family_tests())]
     start = time.monotonic()
-    done, report = run(command, environment, build)
+    # Two workers with two threads each: none may spin while it waits for the other.
+    done, report = run(command, environment | {"OMP_WAIT_POLICY": "passive"}, build)
     say(f"tests on {isa}: exit {done.returncode}, {time.monotonic() - start:.0f} s")
     if report:
         print(report[:20000], flush=True)

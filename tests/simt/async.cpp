@@ -7,6 +7,7 @@ void fence() { machine.current->fenced = true; }
 
 // Other threads may come first; then nothing runs between the load and the store.
 void atomic_load(void* p, void* old, size_t bytes) {
+  watch_read(uintptr_t(p), __builtin_return_address(0));
   if (machine.options.schedule >= Schedule::random && random_bits() % 4 == 0) yield_fiber();
   const Schedule schedule = machine.options.schedule;
   machine.options.schedule = Schedule::random;  // no preemption inside
@@ -19,7 +20,9 @@ void atomic_load(void* p, void* old, size_t bytes) {
     __builtin_memset(old, 0, bytes);
 }
 void atomic_store(void* p, const void* value, size_t bytes) {
-  if (inside(uintptr_t(p), bytes)) __builtin_memcpy(p, value, bytes);
+  if (!inside(uintptr_t(p), bytes)) return;
+  machine.progress += __builtin_memcmp(p, value, bytes) != 0;
+  __builtin_memcpy(p, value, bytes);
 }
 
 // The copy may land at any time between here and the wait. So: races are checked here, the destination is undefined

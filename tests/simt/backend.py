@@ -259,7 +259,7 @@ _written = {}  # address of an output of the last call -> [first, past the last)
 
 def written(t):
     """The elements of `t`, a contiguous output of the last call, that the kernel has written: flat indices."""
-    ranges = torch.tensor(_written[t.data_ptr()]).reshape(-1, 2) // t.element_size()
+    ranges = torch.tensor(_written[t.data_ptr()], dtype=torch.int64).reshape(-1, 2) // t.element_size()
     count = ranges[:, 1] - ranges[:, 0]
     before = torch.cat([count.new_zeros(1), count.cumsum(0)[:-1]])
     return torch.arange(int(count.sum())) + (ranges[:, 0] - before).repeat_interleave(count)

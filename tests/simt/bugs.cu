@@ -18,6 +18,8 @@ namespace {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + tid;                 \
   GMK_UNUSED
 
+constexpr int kMostThreads = 64;
+
 // Memory ------------------------------------------------------------
 
 GMK_BUG_KERNEL(read_past_end) {
@@ -74,6 +76,12 @@ GMK_BUG_KERNEL(copy_past_end) {
   if (i == 0) memcpy(out, x + 2, size_t(n - (bug ? 1 : 2)) * 4);  // BUG copy_past_end
 }
 
+GMK_BUG_KERNEL(atomic_past_end) {
+  GMK_INDEX;
+  out[i] = x[i];
+  atomicAdd(state + (bug ? 1 : 0), 1u);  // BUG atomic_past_end
+}
+
 GMK_BUG_KERNEL(misaligned_vector) {
   GMK_INDEX;
   if (4 * i + 4 < n) store_pack(out + 4 * i, load_pack<float, 4>(x + 4 * i + (bug ? 1 : 0)));  // BUG misaligned_vector
@@ -114,6 +122,15 @@ GMK_BUG_KERNEL(write_between) {  // out has a stride of two elements
   GMK_INDEX;
   if (i < n) out[2 * i] = x[i];
   if (bug && i + 1 < n) out[2 * i + 1] = x[i];
+}
+
+GMK_BUG_KERNEL(too_much_shared) {  // with the bug, launched with 227 KiB
+  GMK_DYN_SHARED(raw);
+  GMK_INDEX;
+  raw[tid] = 1;
+  GMK_SHARED(tile, float[64]);  // BUG too_much_shared
+  tile[tid] = x[i];
+  out[i] = tile[tid] * raw[tid];
 }
 
 GMK_BUG_KERNEL(host_read) {
@@ -257,6 +274,24 @@ GMK_BUG_KERNEL(deadlock) {
   out[i] = x[i];
 }
 
+GMK_BUG_KERNEL(spin) {
+  GMK_SHARED(flag, int);
+  GMK_INDEX;
+  if (tid == 0) flag = 0;
+  __syncthreads();
+  if (tid == 63 && !bug) atomicExch(&flag, 1);
+  while (tid < 32 && atomicAdd(&flag, 0) == 0) {}  // BUG spin
+  out[i] = x[i];
+}
+
+GMK_BUG_KERNEL(endless_loop) {
+  GMK_INDEX;
+  const int64_t stride = bug ? 0 : 64;
+  float sum = 0.0f;
+  for (int64_t j = tid; j < n; j += stride) sum += 1.0f;  // BUG endless_loop
+  out[i] = x[i] + sum;
+}
+
 GMK_BUG_KERNEL(wrong_mask) {
   GMK_INDEX;
   const float other = __shfl_xor_sync(bug ? 0x0000ffffu : kFullWarp, x[i], 1);  // BUG wrong_mask
@@ -275,6 +310,12 @@ GMK_BUG_KERNEL(exited_lanes) {
   out[i] = x[i];
   if (tid % 32 >= 16) return;
   out[i] = __shfl_xor_sync(bug ? kFullWarp : 0x0000ffffu, x[i], 1);  // BUG exited_lanes
+}
+
+GMK_BUG_KERNEL(vote_mask) {
+  GMK_INDEX;
+  const int all = __all_sync(bug ? 0x0000ffffu : kFullWarp, x[i] >= 0.0f);  // BUG vote_mask
+  out[i] = float(all);
 }
 
 GMK_BUG_KERNEL(mma_with_half_a_warp) {
@@ -318,6 +359,39 @@ GMK_BUG_KERNEL(copies_never_waited) {
   out[i] = x[i];
 }
 
+GMK_BUG_KERNEL(async_past_end) {
+  GMK_SHARED(tile, float[256]);
+  GMK_INDEX;
+  cp_async16(tile + 4 * tid, x + 4 * tid + (bug ? 4 : 0));  // BUG async_past_end
+  cp_async_commit();
+  cp_async_wait<0>();
+  out[i] = tile[4 * tid];
+}
+
+GMK_BUG_KERNEL(async_misaligned) {
+  GMK_SHARED(tile, float[256]);
+  GMK_INDEX;
+  cp_async16(tile + 4 * tid, x + tid / 4 * 4 + (bug ? 1 : 0));  // BUG async_misaligned
+  cp_async_commit();
+  cp_async_wait<0>();
+  out[i] = tile[4 * tid];
+}
+
+GMK_BUG_KERNEL(async_overwrites) {  // what others may still read
+  GMK_SHARED(tile, float[256]);
+  GMK_INDEX;
+  cp_async16(tile + 4 * tid, x + 4 * tid);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  const float v = tile[255 - tid];
+  if (!bug) __syncthreads();
+  cp_async16(tile + 4 * tid, x + 4 * tid);  // BUG async_overwrites
+  cp_async_commit();
+  cp_async_wait<0>();
+  out[i] = v;
+}
+
 // Not bugs: primitives against their models ------------------------------------------------------------
 
 // x: a[4], b[2], c[4] of each lane, 10 words each; out: d[4] of each lane.
@@ -335,6 +409,8 @@ __global__ void mma_kernel(float* out, const float* x) {
   else mma_tf32(d, a, b, c);
   for (int j = 0; j < 4; ++j) out[4 * lane + j] = d[j];
 }
+
+__global__ void __launch_bounds__(kMostThreads, 2) bounded_kernel(float* out) { out[threadIdx.x] = 1.0f; }
 
 // out[0..4): what each kind of vote and reduction gives to lane 5 of a warp whose lane l brings l.
 __global__ void votes_kernel(float* out) {
@@ -359,6 +435,9 @@ Status bug_cuda(const Bug& a, int, void* stream) {
   if (named(#name))                                                                                                    \
     return a.bug ? GMK_LAUNCH((name##_kernel<true>), grid_for(a.n, 64), 64, 256, stream, a.out, a.state, a.x, a.host, a.n) \
                  : GMK_LAUNCH((name##_kernel<false>), grid_for(a.n, 64), 64, 256, stream, a.out, a.state, a.x, a.host, a.n)
+  if (named("too_much_shared") && a.bug)
+    return GMK_LAUNCH((too_much_shared_kernel<true>), 1, 64, 227 << 10, stream, a.out, a.state, a.x, a.host, a.n);
+  GMK_RUN(too_much_shared);
   GMK_RUN(read_past_end);
   GMK_RUN(write_past_end);
   GMK_RUN(read_before_start);
@@ -367,6 +446,7 @@ Status bug_cuda(const Bug& a, int, void* stream) {
   GMK_RUN(local_past_end);
   GMK_RUN(dynamic_shared_past_end);
   GMK_RUN(copy_past_end);
+  GMK_RUN(atomic_past_end);
   GMK_RUN(misaligned_vector);
   GMK_RUN(misaligned_double);
   GMK_RUN(uninitialised_output);
@@ -390,13 +470,19 @@ Status bug_cuda(const Bug& a, int, void* stream) {
   GMK_RUN(divergent_barrier);
   GMK_RUN(exited_barrier);
   GMK_RUN(deadlock);
+  GMK_RUN(spin);
+  GMK_RUN(endless_loop);
   GMK_RUN(wrong_mask);
   GMK_RUN(inactive_source);
   GMK_RUN(exited_lanes);
+  GMK_RUN(vote_mask);
   GMK_RUN(mma_with_half_a_warp);
   GMK_RUN(missing_wait);
   GMK_RUN(wait_without_barrier);
   GMK_RUN(copies_never_waited);
+  GMK_RUN(async_past_end);
+  GMK_RUN(async_misaligned);
+  GMK_RUN(async_overwrites);
 #define GMK_RUN_MMA(name, type)                                                                   \
   if (named(name))                                                                                \
     return a.bug ? GMK_LAUNCH((mma_kernel<type, true>), 1, 32, 0, stream, a.out, a.x)             \
@@ -405,6 +491,7 @@ Status bug_cuda(const Bug& a, int, void* stream) {
   GMK_RUN_MMA("mma_f16", kMmaF16);
   GMK_RUN_MMA("mma_tf32", kMmaTf32);
   if (named("votes")) return GMK_LAUNCH((votes_kernel), 1, 32, 0, stream, a.out);
+  if (named("launch_bounds")) return GMK_LAUNCH((bounded_kernel), 1, a.bug ? 96 : 64, 0, stream, a.out);
   if (named("too_many_threads")) return GMK_LAUNCH((votes_kernel), 1, a.bug ? 2048 : 32, 0, stream, a.out);
   return "no kernel of that name";
 }

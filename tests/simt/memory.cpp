@@ -123,14 +123,15 @@ void check_initialised(Region& region, uintptr_t address, size_t bytes, Kind kin
       region.pages[page] = 1;
 }
 
-uintptr_t add_shared(const std::string& name, size_t bytes, size_t align) {
+uintptr_t add_shared(const std::string& name, size_t bytes, size_t align, const void* pc) {
   align = std::max<size_t>(align, 16);
   shared_top = (shared_top + align - 1) & ~(align - 1);
   const size_t offset = shared_top + kSharedGap * (shared_regions.size() + 1);
   const size_t start = (offset + 127) & ~size_t(127);
-  if (start + bytes + kSharedGap > kSharedArea) {
-    report("bad-launch", machine.current, {}, "shared memory %s: %zu bytes are more than a block can have",
-           name.c_str(), bytes);
+  if (shared_top + bytes > kMaxShared) {
+    report("bad-launch", machine.current, {pc_offset(pc)},
+           "with %s (%zu bytes) a block has %zu bytes of shared memory, more than 227 KiB; the launch ends here",
+           name.c_str(), bytes, shared_top + bytes);
     abort_launch();
   }
   shared_top += bytes;
@@ -170,8 +171,11 @@ void access(uintptr_t address, size_t bytes, Kind kind, const void* pc) {
     Region* const region = find_region(address);
     if (!region || address < region->low || address + bytes > region->high) {
       const uintptr_t first_bad = region && address >= region->low && address < region->high ? region->high : address;
-      report("out-of-bounds", me, {pc_offset(pc)}, "%s of %zu bytes, %s", kind == Kind::read ? "read" : "write", bytes,
-             neighbour(first_bad).c_str());
+      report("out-of-bounds", me, {pc_offset(pc)}, "%s of %zu bytes, %s",
+             kind == Kind::read    ? "read"
+             : kind == Kind::write ? "write"
+                                   : "atomic",
+             bytes, neighbour(first_bad).c_str());
       if (first_bad == address) return;
       bytes = region->high - address;  // the part that is inside counts as any access
     }
@@ -183,6 +187,8 @@ void access(uintptr_t address, size_t bytes, Kind kind, const void* pc) {
     if (!region->defined || kind != Kind::read) check_initialised(*region, address, bytes, kind, pc);
     if (region->cells) check_race(*region, address, bytes, kind, pc);
   }
+  if (kind == Kind::read) watch_read(address, pc);
+  if (kind == Kind::write) ++machine.progress;
   if (machine.options.schedule == Schedule::preempt) preempt_point();
 }
 
@@ -282,7 +288,8 @@ size_t shared_bytes_used() { return shared_top; }
 void* shared_static(const Site* site) {
   for (const auto& known : sites)
     if (known.first == site) return reinterpret_cast<void*>(known.second);
-  const uintptr_t address = add_shared(std::string("shared array ") + site->name, site->size, site->align);
+  const uintptr_t address =
+      add_shared(std::string("shared array ") + site->name, site->size, site->align, __builtin_return_address(0));
   sites.push_back({site, address});
   return reinterpret_cast<void*>(address);
 }
@@ -291,7 +298,7 @@ void* shared_dynamic(size_t align) {
   static const Site dynamic{"dynamic shared memory", 0, 0};
   for (const auto& known : sites)
     if (known.first == &dynamic) return reinterpret_cast<void*>(known.second);
-  const uintptr_t address = add_shared(dynamic.name, machine.dynamic_bytes, align);
+  const uintptr_t address = add_shared(dynamic.name, machine.dynamic_bytes, align, __builtin_return_address(0));
   sites.push_back({&dynamic, address});
   return reinterpret_cast<void*>(address);
 }

@@ -73,6 +73,9 @@ struct Fiber {
   size_t bytes;
   uint32_t clock, seen[32];  // happens-before inside a warp: seen[l] > c means lane l's accesses at clock c are ordered
   bool fenced;
+  uintptr_t recent[4];  // addresses it has read
+  unsigned next_recent, repeats, idle_turns;
+  uint64_t idle_since;  // machine.progress when it last waited in a loop
   std::vector<Copy> copies;
   std::vector<size_t> groups;  // copies up to this index belong to the group
 };
@@ -110,7 +113,8 @@ struct Machine {
   int threads, live;
   uint32_t launch, first_launch, block_serial, epoch;  // first_launch: of this call
   uint64_t time, random_state;
-  bool aborted;  // this launch cannot go on
+  uint64_t progress;  // writes, barriers passed, threads ended: what a thread may be waiting for
+  bool aborted;       // this launch cannot go on
   const void* closure;
   size_t closure_bytes;
   size_t dynamic_bytes;
@@ -147,10 +151,11 @@ void run_warp_op(WarpOp op, unsigned lanes, Fiber* warp);
 void try_warp(int warp);
 void wait_in_warp(WarpOp op, unsigned mask, int detail, const void* in, void* out, size_t bytes, const void* pc);
 void make_ready(Fiber& fiber);
-void yield_fiber();                // let another thread go on
-void preempt_point();              // perhaps
-void to_scheduler();               // the current fiber waits
-[[noreturn]] void abort_launch();  // from a fiber: drop every thread of this launch
+void yield_fiber();                                  // let another thread go on
+void preempt_point();                                // perhaps
+void watch_read(uintptr_t address, const void* pc);  // is it waiting in a loop?
+void to_scheduler();                                 // the current fiber waits
+[[noreturn]] void abort_launch();                    // from a fiber: drop every thread of this launch
 uint64_t random_bits();
 
 }  // namespace gmk_simt

@@ -5,8 +5,13 @@
 
 #include <setjmp.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
+#include <time.h>
+#include <ucontext.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <deque>
@@ -39,6 +44,8 @@ gmk_simt_switch:
   ret
 .size gmk_simt_switch, .-gmk_simt_switch
 )");
+
+constexpr unsigned kSpinReads = 1024, kIdleTurns = 16;  // a loop of so many reads lets others run; so often in vain
 
 void* scheduler_stack;
 std::deque<int> ready;
@@ -81,6 +88,7 @@ void exit_thread() {
            me.copies.size());
   me.wait = Wait::done;
   --machine.live;
+  ++machine.progress;
   try_warp(me.linear / 32);
   if (machine.live && at_barrier == machine.live) release_barrier();
 }
@@ -114,6 +122,7 @@ void start_fiber(int i) {
   fiber.pc = nullptr;
   fiber.clock = 0;
   fiber.fenced = false;
+  fiber.repeats = fiber.idle_turns = 0;
   std::fill(fiber.seen, fiber.seen + 32, 0);
   fiber.copies.clear();
   fiber.groups.clear();
@@ -158,6 +167,25 @@ void report_deadlock() {
            machine.threads - machine.live, machine.threads);
 }
 
+// Whoever is not in a barrier reads the same few addresses over and over, and nobody has written since.
+void report_spin() {
+  std::map<const void*, std::pair<const Fiber*, int>> places;
+  for (const int i : ready) {
+    const Fiber& fiber = machine.fibers[size_t(i)];
+    if (fiber.idle_turns < kIdleTurns || fiber.idle_since != machine.progress) return;
+    auto& place = places[fiber.pc];
+    if (!place.first) place.first = &fiber;
+    ++place.second;
+  }
+  for (const auto& place : places)
+    report(
+        "spin", place.second.first, {pc_offset(place.first)},
+        "%d threads wait here in a loop for memory that nobody will change; %d of %d threads have exited; the launch "
+        "ends here",
+        place.second.second, machine.threads - machine.live, machine.threads);
+  if (!places.empty()) abort_launch();
+}
+
 void run_block(unsigned linear) {
   const dim3 g = machine.grid;
   machine.block = linear;
@@ -183,12 +211,25 @@ void run_block(unsigned linear) {
   }
 }
 
-// Stack overflow and jumps into nowhere: the checker cannot see them before they happen. And the trap of
-// -fsanitize=bounds: an index past the end of an array whose length the compiler knows.
-void* trapped;
+// What the checker cannot see before it happens. SIGSEGV: stack overflow and jumps into nowhere. SIGILL: the trap of
+// -fsanitize=bounds, an index past the end of an array whose length the compiler knows. And a clock of CPU time, for
+// loops that never end and never touch memory.
+enum Ending : int { kCrash = 1, kTrap, kLoop };
+constexpr int kTick = 100, kTicks = 4;  // milliseconds; so many without any access
+void* ended_at;
+uint64_t done_before;
+int ticks;
 void on_crash(int signal, siginfo_t* info, void*) {
-  trapped = signal == SIGILL ? info->si_addr : nullptr;
-  siglongjmp(crashed, 1);
+  ended_at = info->si_addr;
+  siglongjmp(crashed, signal == SIGILL ? kTrap : kCrash);
+}
+void on_tick(int, siginfo_t*, void* context) {
+  const uint64_t done = machine.counters.accesses + machine.counters.switches;
+  ticks = machine.current && done == done_before ? ticks + 1 : 0;
+  done_before = done;
+  if (ticks < kTicks) return;
+  ended_at = reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+  siglongjmp(crashed, kLoop);
 }
 
 class CrashGuard {
@@ -204,8 +245,21 @@ class CrashGuard {
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigaction(SIGSEGV, &action, &old_action_);
     sigaction(SIGILL, &action, &old_trap_);
+    action.sa_sigaction = on_tick;
+    action.sa_flags |= SA_RESTART;
+    sigaction(kClock, &action, &old_clock_);
+    struct sigevent event{};
+    event.sigev_notify = SIGEV_THREAD_ID;
+    event.sigev_signo = kClock;
+    event._sigev_un._tid = gettid();
+    const itimerspec interval{{0, kTick * 1000000}, {0, kTick * 1000000}};
+    ticks = 0;
+    running_ = timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &timer_) == 0;
+    if (running_) timer_settime(timer_, 0, &interval, nullptr);
   }
   ~CrashGuard() {
+    if (running_) timer_delete(timer_);
+    sigaction(kClock, &old_clock_, nullptr);
     sigaction(SIGSEGV, &old_action_, nullptr);
     sigaction(SIGILL, &old_trap_, nullptr);
     sigaltstack(&old_stack_, nullptr);
@@ -213,7 +267,10 @@ class CrashGuard {
 
  private:
   stack_t old_stack_{};
-  struct sigaction old_action_{}, old_trap_{};
+  struct sigaction old_action_{}, old_trap_{}, old_clock_{};
+  const int kClock = SIGRTMIN + 7;
+  timer_t timer_{};
+  bool running_ = false;
 };
 
 void run_grid() {
@@ -245,6 +302,7 @@ uint64_t random_bits() {
 }
 
 void make_ready(Fiber& fiber) {
+  ++machine.progress;
   fiber.wait = Wait::ready;
   ready.push_back(fiber.linear);
 }
@@ -259,6 +317,25 @@ void yield_fiber() {
   to_scheduler();
 }
 
+void watch_read(uintptr_t address, const void* pc) {
+  Fiber& me = *machine.current;
+  if (std::find(me.recent, me.recent + 4, address) == me.recent + 4) {
+    me.recent[me.next_recent++ % 4] = address;
+    me.repeats = me.idle_turns = 0;
+    return;
+  }
+  if (++me.repeats % kSpinReads) return;
+  me.pc = pc;
+  me.idle_turns = me.idle_since == machine.progress ? me.idle_turns + 1 : 0;
+  me.idle_since = machine.progress;
+  if (machine.options.schedule == Schedule::descending)  // the last to go on
+    ready.push_front(me.linear);
+  else
+    ready.push_back(me.linear);
+  report_spin();
+  to_scheduler();
+}
+
 void preempt_point() {
   if (--preempt_in > 0) return;
   preempt_in = 1 + int(random_bits() % 16);
@@ -269,6 +346,17 @@ void abort_launch() {
   machine.aborted = true;
   to_scheduler();
   abort();
+}
+
+static std::map<std::string, int>& bounds() {  // made when the first kernel file is loaded
+  static std::map<std::string, int> all;
+  return all;
+}
+Bound::Bound(const char* kernel, int threads, int) { bounds()[kernel] = threads; }
+static int bound_of(const char* name) {  // "(kernel<T, 4>)"
+  const std::string text = name + strspn(name, "(");
+  const auto found = bounds().find(text.substr(0, text.find_first_of("<)")));
+  return found == bounds().end() ? 0 : found->second;
 }
 
 int block_barrier(Vote vote, int value) {
@@ -294,6 +382,12 @@ const char* launch_any(const char* name, dim3 grid, dim3 block, size_t shared_by
   if (!threads || threads > kMaxThreads || block.z > 64 || !grid.x || !grid.y || !grid.z || grid.x > 2147483647u ||
       grid.y > 65535 || grid.z > 65535)
     return "invalid configuration argument (grid or block size)";
+  if (const int bound = bound_of(name); bound && threads > unsigned(bound)) {
+    static thread_local char text[128];
+    snprintf(text, sizeof text, "too many threads for the kernel (%u in a block, __launch_bounds__ says %d)",
+             unsigned(threads), bound);
+    return text;
+  }
   if (shared_bytes > kMaxShared) return "invalid argument (more than 227 KiB of shared memory)";
   stacks();
   machine.kernel = name;
@@ -310,12 +404,16 @@ const char* launch_any(const char* name, dim3 grid, dim3 block, size_t shared_by
   preempt_in = 8;
   begin_launch_races();
   const CrashGuard guard;
-  if (sigsetjmp(crashed, 1) == 0) {
+  const int ending = sigsetjmp(crashed, 1);
+  if (ending == 0) {
     run_grid();
   } else {
-    if (trapped)
-      report("out-of-bounds", machine.current, {pc_offset(static_cast<char*>(trapped) + 1)},
-             "an index past the end of an array; the launch ends here");
+    const std::vector<uint32_t> pc = {pc_offset(static_cast<char*>(ended_at) + 1)};
+    if (ending == kTrap)
+      report("out-of-bounds", machine.current, pc, "an index past the end of an array; the launch ends here");
+    else if (ending == kLoop)
+      report("spin", machine.current, in_module(uintptr_t(ended_at)) ? pc : std::vector<uint32_t>(),
+             "a loop that does not end, and that touches no memory; the launch ends here");
     else
       report("crash", machine.current, {},
              "stack overflow (more than %zu KiB of locals), or a wild jump; the launch ends here", kStackBytes / 1024);

@@ -33,6 +33,12 @@ const char* launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
       name, grid, block, shared_bytes, [](const void* f) { (*static_cast<const F*>(f))(); }, &body, sizeof(F));
 }
 
+// What __launch_bounds__ says of a kernel. The build makes one GMK_BOUND of each (CMakeLists.txt).
+struct Bound {
+  Bound(const char* kernel, int threads, int blocks = 0);
+};
+#define GMK_BOUND(kernel, ...) const ::gmk_simt::Bound kernel##_bound{#kernel, __VA_ARGS__};
+
 // Where this fiber is. `const`, because it never changes while a fiber lives.
 [[gnu::const]] uint3 thread_index();
 [[gnu::const]] uint3 block_index();

@@ -50,14 +50,44 @@ def _diffusion_step(device):
     )
 
 
-def _gmm_log_prob(device):
-    x, means = _data(device, 1001, 5), 3 * _data(device, 4, 5, seed=1)
+def _mixture(device):
     log_weights = torch.tensor([0.1, 0.2, 0.3, 0.4], device=device).log()
     chol = torch.triu(0.2 * _data(device, 4, 5, 5, seed=2), 1) + 1.5 * torch.eye(5, device=device)
-    args = (x, log_weights, means, chol)
+    return log_weights, 3 * _data(device, 4, 5, seed=1), chol
+
+
+def _gmm_log_prob(device):
+    args = (_data(device, 1001, 5), *_mixture(device))
     return (
         lambda: ops.gmm_log_prob(*args, covariance_type="full"),
         lambda: reference.gmm.gmm_log_prob(*_in_float64(*args), covariance_type="full"),
+    )
+
+
+def _gmm_score(device):
+    args = (_data(device, 301, 5), *_mixture(device))
+    ones, nothing = torch.ones(301, dtype=torch.float64), None
+    return (
+        lambda: ops.gmm_score(*args),
+        lambda: reference.gmm.gmm_log_prob_backward(ones, nothing, *_in_float64(*args), "full", True, False)[0],
+    )
+
+
+def _gmm_sample(device):
+    args = _mixture(device)
+    log_weights, means, chol = _in_float64(*args)
+    cdf = log_weights.softmax(-1).cumsum(-1)
+    return (
+        lambda: ops.gmm_sample(301, *args, seed=7)[0],
+        lambda: reference.gmm.gmm_sample(means, chol, cdf / cdf[-1], None, 301, 7, "full")[0],
+    )
+
+
+def _gmm_posterior_mean(device):
+    x, mixture = _data(device, 301, 5), _mixture(device)
+    return (
+        lambda: ops.gmm_posterior_mean(x, *mixture, noise_std=0.5),
+        lambda: ops.gmm_posterior_mean(*_in_float64(x, *mixture), noise_std=0.5),
     )
 
 
@@ -76,6 +106,9 @@ CASES = {
     "philox_uniform": _philox_uniform,
     "diffusion_step": _diffusion_step,
     "gmm_log_prob": _gmm_log_prob,
+    "gmm_posterior_mean": _gmm_posterior_mean,
+    "gmm_sample": _gmm_sample,
+    "gmm_score": _gmm_score,
     "masked_conv2d": _masked_conv2d,
 }
 

@@ -1,1 +1,5 @@
-"""`torch.nn.Module` twins of the ops."""
+"""`nn.Module` twins of the ops."""
+
+from .mixture import GaussianMixture, MixtureDensity
+
+__all__ = ["GaussianMixture", "MixtureDensity"]

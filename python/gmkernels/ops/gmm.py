@@ -159,6 +159,13 @@ _backward_op = Op(
 )
 
 
+def gradients(log_prob, x, log_weights, means, precisions_cholesky, covariance_type):
+    """d log_prob[i] / d x[i]: [..., n, d]."""
+    grad = torch.ones_like(log_prob, requires_grad=False)
+    args = log_prob.detach(), x, log_weights, means, precisions_cholesky
+    return _backward_op(grad, *args, covariance_type, True, False)[0]
+
+
 def _setup(ctx, inputs, output):
     ctx.save_for_backward(output, *inputs[:4])
     ctx.covariance_type = inputs[4]

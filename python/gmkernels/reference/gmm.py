@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from .random import philox_fill, philox_words
+
 COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
 
 
@@ -88,3 +90,34 @@ def gmm_log_prob_backward(
         grad_p = inverse - (t * wy).sum(-3)
         grad_p = grad_p if covariance_type == "diag" else grad_p.sum(-1)
     return grad_x, mass, pull.sum(-3), grad_p
+
+
+def gmm_sample(means, precisions_cholesky, cdf, seeds, n, seed, covariance_type):
+    """(x [..., n, d], component [..., n]): see :func:`gmkernels.ops.gmm_sample`. `cdf` [..., k] ascends to 1."""
+    dtype, means, p = means.dtype, means.double(), precisions_cholesky.double()
+    k, d = means.shape[-2:]
+    trailing = {"full": 3, "tied": 2, "diag": 2, "spherical": 1}[covariance_type]
+    batch = torch.broadcast_shapes(means.shape[:-2], cdf.shape[:-1], p.shape[: p.dim() - trailing])
+    seeds = torch.tensor([seed], device=means.device) if seeds is None else seeds.reshape(-1)
+    rows = batch.numel() * n // len(seeds)
+    blocks = torch.arange((rows + 3) // 4, device=means.device)
+    words = philox_words(blocks, 0, 3, seeds[:, None]).flatten(1)[:, :rows]
+    u = ((words.double() + 0.5) * 2.0**-32).reshape(*batch, n)
+    z = philox_fill(seeds, 0, rows * d, 0, 4, True, torch.float32, means.device).double().reshape(*batch, n, d)
+    component = (~(cdf[..., None, :] > u[..., None])).sum(-1)
+    none = component == k
+    if k == 0:
+        return torch.full_like(z, math.nan, dtype=dtype), torch.full_like(component, -1)
+    c = torch.where(none, 0, component)
+    mean = torch.take_along_dim(means.expand(*batch, k, d), c[..., None], -2)
+    p = p.expand(*batch, *p.shape[p.dim() - trailing :])
+    if covariance_type == "tied":
+        t = torch.linalg.solve_triangular(p.triu(), z, upper=True, left=False)
+    elif covariance_type == "full":
+        chosen = torch.take_along_dim(p.triu(), c[..., None, None], -3)
+        t = torch.linalg.solve_triangular(chosen, z[..., None, :], upper=True, left=False)[..., 0, :]
+    elif covariance_type == "diag":
+        t = z / torch.take_along_dim(p, c[..., None], -2)
+    else:
+        t = z / torch.take_along_dim(p, c, -1)[..., None]
+    return torch.where(none[..., None], math.nan, mean + t).to(dtype), torch.where(none, -1, component)
