@@ -78,6 +78,7 @@ class Worker:
 
     def warm(self, items, library):
         _use(library)
+        items = [item for item in items if "_huge.py::" not in item.nodeid]
         for item, following in zip(items, [*items[1:], None], strict=True):
             _again(item)
             runtestprotocol(item, log=False, nextitem=following)
