@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import cases
 from gmkernels import ops, reference
+from gmkernels.ops import gmm as gmm_module
 
 F32, F64, INF, NAN = torch.float32, torch.float64, math.inf, math.nan
 TYPES = reference.gmm.COVARIANCE_TYPES
@@ -183,6 +184,146 @@ def test_float32_far_from_the_origin_and_tight(isa, covariance_type, offset):
     m = 1000 * m
     x = m[torch.arange(500) % 5] + 0.8 * x
     check([t.float() for t in (x + offset, w, m + offset, p)], covariance_type)
+
+
+# CUDA: tensor cores and plain arithmetic ------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["tensor cores", "plain"])
+def path(request, device, monkeypatch):
+    """Full and tied float32 on a GPU, at any d: one of the two paths. On the CPU there is one."""
+    if device.name == "cpu":
+        pytest.skip("the CPU has one path")
+    monkeypatch.setattr(gmm_module, "_MATRIX_FEATURES", (1, 128) if request.param == "tensor cores" else (1, 0))
+    return request.param
+
+
+MATRIX_SHAPES = [(1, 1, 1), (33, 15, 2), (130, 16, 3), (16, 17, 5), (34, 31, 2), (20, 32, 3), (65, 33, 2), (17, 64, 2),
+                 (40, 65, 2)]  # n, d, k
+
+
+DIAGONAL_SHAPES = [(257, 1, 1), (9, 4, 17), (70, 5, 16), (129, 8, 9), (65, 33, 5), (33, 64, 3), (34, 65, 2)]
+
+
+@pytest.mark.parametrize("covariance_type", ["diag", "spherical"])
+def test_tiles_of_rows_and_components(device, covariance_type, monkeypatch):
+    monkeypatch.setattr(gmm_module, "_SLAB_ROWS", 40)
+    for n, d, k in DIAGONAL_SHAPES if device.simt else [*DIAGONAL_SHAPES, (300, 128, 3), (300, 129, 3)]:
+        rtol = 4e-4 if d > 100 else None  # densities down to e^-900: float32 knows exp(component - lp) to 1e-4
+        check(mixture(n, d, k, covariance_type, F32, device.torch), covariance_type, rtol=rtol)
+
+
+@pytest.mark.parametrize("covariance_type", ["full", "tied"])
+def test_tensor_cores_and_plain(device, path, covariance_type):
+    for n, d, k in MATRIX_SHAPES:
+        check(mixture(n, d, k, covariance_type, F32, device.torch), covariance_type)
+
+
+@pytest.mark.slow
+def test_tensor_cores_to_their_last_size(device, path):
+    for d in (119, 120, 128, 129):
+        check(mixture(20, d, 1, "full", F32, device.torch), "full")
+
+
+def test_tensor_cores_are_used(device, monkeypatch):
+    """From d = 8 to 128, float32, full and tied: only there is anything prepared."""
+    for covariance_type in TYPES:
+        for d in (7, 8, 128, 129):
+            x = torch.empty(1, d, dtype=F32)
+            size = gmm_module._prepared_bytes(x, 1, 1, 1, d, covariance_type)
+            assert (size > 0) == (covariance_type in ("full", "tied") and d in (8, 128))
+            assert gmm_module._prepared_bytes(x.double(), 1, 1, 1, d, covariance_type) == 0
+    if device.simt:
+        from simt import backend
+
+        work = []
+        for first in (16, 17):
+            monkeypatch.setattr(gmm_module, "_MATRIX_FEATURES", (first, 128))
+            backend.module().counters()
+            ops.gmm_log_prob(*mixture(9, 16, 1, "full", F32), "full")
+            work.append(backend.module().counters()[0])
+        assert work == [2 * 32 + 96, 64]  # threads: preparing takes 128, nine rows 32; the plain path 64
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("covariance_type", ["full", "tied"])
+def test_tensor_cores_far_from_the_origin_and_tight(device, path, covariance_type, offset):
+    """As on the CPU: data 1000 sigma from the origin, and clusters 1000 sigma apart."""
+    check(mixture(40, 18, 3, covariance_type, F32, device.torch, offset=offset), covariance_type)
+    x, w, m, p = mixture(40, 18, 3, covariance_type, F64, device.torch)
+    m = 1000 * m
+    x = m[torch.arange(40, device=device.torch) % 3] + 0.8 * x
+    check([t.float() for t in (x + offset, w, m + offset, p)], covariance_type)
+
+
+def test_tensor_cores_batches_and_addresses(device, path):
+    """A mixture of a batch has the bits that it has alone; so has a tensor that starts at an odd address."""
+    x, w, m, p = mixture(37, 16, 2, "full", F32, device.torch, batch=(3,))
+    grad = cases.data(3, 37, seed=9, dtype=F32).to(device.torch)
+    for args in [(x, w, m, p), (x[1], w, m, p), (x, w[1], m[1], p[1])]:
+        lp, _ = check(list(args), "full", grad)
+        alone = [t.expand(whole.shape)[1] for t, whole in zip(args, (x, w, m, p), strict=True)]
+        assert torch.equal(ops.gmm_log_prob(*alone), lp[1])
+    alone = x[1], w[1], m[1], p[1]
+    want = run(alone, "full", grad[1])
+    odd = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in alone]
+    got = run(odd, "full", grad[1])
+    assert torch.equal(got[0], want[0]) and all(map(torch.equal, got[1], want[1]))
+
+
+def test_tensor_cores_many_rows(device, path, monkeypatch):
+    """Several tiles, several sums in float64 per slab, several slabs, one of them empty."""
+    check(mixture(1100, 5, 1, "full", F32, device.torch), "full")
+    monkeypatch.setattr(gmm_module, "_SLAB_ROWS", 40)
+    check(mixture(210, 16, 2, "full", F32, device.torch), "full")
+
+
+@pytest.mark.parametrize("d", [3, 17])
+@pytest.mark.parametrize("covariance_type", ["full", "tied"])
+def test_tensor_cores_special_values(device, path, covariance_type, d):
+    args = mixture(21, d, 4, covariance_type, F32, device.torch)
+    grad = cases.data(21, seed=9, dtype=F32).to(device.torch)
+    lower = torch.ones_like(args[3]).tril(-1) == 1
+    clean, clean_grads = run(args, covariance_type, grad)
+    args[3] = torch.where(lower, NAN, args[3])
+    again, grads = run(args, covariance_type, grad)
+    assert torch.equal(again, clean) and all(map(torch.equal, grads, clean_grads))
+
+    args[1][1], args[2][1] = -INF, NAN  # a component without weight, whatever it holds
+    if covariance_type == "full":
+        args[3][1], args[3][2] = INF, NAN
+        args[3][2, d - 1, d - 1] = 0  # one with a zero on the diagonal
+    left = [0, 3] if covariance_type == "full" else [0, 2, 3]
+    lp, grads = run(args, covariance_type, grad)
+    kept = [args[0], args[1][left], args[2][left], args[3][left] if covariance_type == "full" else args[3]]
+    want, wanted = run(kept, covariance_type, grad)
+    assert torch.equal(lp, want) and torch.equal(grads[0], wanted[0])
+    for i in (1, 2, 3):
+        one = i == 3 and covariance_type == "tied"
+        assert torch.equal(grads[i] if one else grads[i][left], wanted[i])
+        assert one or (grads[i][1] == 0).all()
+
+    x = args[0].clone()  # rows with infinities, of numbers whose square overflows
+    x[14, d - 1], x[15, 0], x[16] = INF, -INF, 3e38
+    x[17, 0], x[17, d - 1] = INF, -INF
+    lp, grads = run([x, *kept[1:]], covariance_type, grad)
+    assert torch.equal(lp[:14], want[:14]) and (lp[14:18] == -INF).all()
+    assert torch.equal(grads[0][:14], wanted[0][:14]) and (grads[0][14:18] == 0).all()
+    rows = [*range(14), 18, 19, 20]
+    without = run([x[rows], *kept[1:]], covariance_type, grad[rows])[1]
+    for g, w in zip(grads[1:], without[1:], strict=True):
+        torch.testing.assert_close(g, w, rtol=0, atol=4e-5 * float(w.abs().max()))
+
+    x[15, 1], x[18, d - 1] = NAN, NAN
+    lp, grads = run([x, *kept[1:]], covariance_type, grad)
+    assert torch.equal(lp[:14], want[:14]) and lp[[15, 18]].isnan().all() and (lp[[14, 16, 17]] == -INF).all()
+    assert torch.equal(grads[0][:14], wanted[0][:14]) and grads[0][[15, 18]].isnan().all()
+    assert grads[1].isnan().all() and grads[2].isnan().all() and grads[3].triu().isnan().any()
+    assert torch.equal(grads[3].tril(-1), torch.zeros_like(grads[3]))
+
+    kept[1] = torch.full_like(kept[1], -INF)
+    lp, grads = run([x, *kept[1:]], covariance_type, grad)
+    assert (lp == -INF).all() and all((g == 0).all() for g in grads)
 
 
 # derivatives ---------------------------------------------------------------------------------------------------------

@@ -57,6 +57,25 @@ inline Status launch_kernel(const void* kernel, size_t shared_bytes, const char*
 }
 #endif
 
+// GMK_TF32: whether tensor cores with tf32, and cp.async, are there for the code being compiled. GMK_COMPILED_FOR((kernel)):
+// __CUDA_ARCH__ / 10 of the code of `kernel` that would run on the current device, which an older binary or PTX may have.
+#if defined(GMK_SIMT) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define GMK_TF32 1
+#else
+#define GMK_TF32 0
+#endif
+#ifdef GMK_SIMT
+#define GMK_COMPILED_FOR(kernel) 90
+#else
+#define GMK_COMPILED_FOR(kernel) (::gmk::compiled_for((const void*)(GMK_UNPAREN kernel)))
+inline int compiled_for(const void* kernel) {
+  cudaFuncAttributes found;
+  if (cudaFuncGetAttributes(&found, kernel) == cudaSuccess) return found.ptxVersion;
+  cudaGetLastError();  // not to be found by the next launch
+  return 0;
+}
+#endif
+
 // Makes `device` current for a scope. One runtime call where it already is.
 class DeviceGuard {
  public:

@@ -32,11 +32,13 @@ static GmmInputs gmm_inputs(Address x, Address log_weights, Address means, Addre
   return in;
 }
 
-static GmmLogProb gmm_log_prob(Address out, Address x, Address log_weights, Address means, Address precisions,
-                               py::tuple strides, int64_t b, int64_t n, int64_t k, int64_t d, int dtype,
-                               int covariance) {
+static GmmLogProb gmm_log_prob(Address out, Address scratch, Address x, Address log_weights, Address means,
+                               Address precisions, int64_t scratch_bytes, py::tuple strides, int64_t b, int64_t n,
+                               int64_t k, int64_t d, int dtype, int covariance) {
   GmmLogProb a{};
   a.out = pointer(out, b * n, "out");
+  a.scratch = pointer(scratch, scratch_bytes, "scratch");
+  a.scratch_bytes = scratch_bytes;
   a.in = gmm_inputs(x, log_weights, means, precisions, strides, b, n, k, d, dtype, covariance);
   return a;
 }
@@ -44,9 +46,9 @@ static GmmLogProb gmm_log_prob(Address out, Address x, Address log_weights, Addr
 static GmmLogProbBackward gmm_log_prob_backward(Address grad_x, Address grad_log_weights, Address grad_means,
                                                 Address grad_precisions, Address scratch, Address grad,
                                                 Address log_prob, Address x, Address log_weights, Address means,
-                                                Address precisions, int64_t scratch_bytes, py::tuple strides, int64_t b,
-                                                int64_t n, int64_t k, int64_t d, int dtype, int covariance, bool need_x,
-                                                bool need_parameters) {
+                                                Address precisions, int64_t prepared_bytes, int64_t scratch_bytes,
+                                                py::tuple strides, int64_t b, int64_t n, int64_t k, int64_t d,
+                                                int dtype, int covariance, bool need_x, bool need_parameters) {
   GmmLogProbBackward a{};
   a.need_x = need_x;
   a.need_parameters = need_parameters;
@@ -55,7 +57,9 @@ static GmmLogProbBackward gmm_log_prob_backward(Address grad_x, Address grad_log
   a.grad_means = pointer(grad_means, need_parameters ? b * k * d : 0, "grad_means");
   const int64_t matrices = need_parameters ? b * matrix_numbers(k, d, covariance) : 0;
   a.grad_precisions = pointer(grad_precisions, matrices, "grad_precisions");
-  a.scratch = pointer(scratch, scratch_bytes, "scratch");
+  a.prepared = pointer(scratch, prepared_bytes + scratch_bytes, "scratch");
+  a.prepared_bytes = prepared_bytes;
+  a.scratch = static_cast<char*>(a.prepared) + prepared_bytes;
   a.scratch_bytes = scratch_bytes;
   a.grad = pointer(grad, b * n, "grad");
   a.log_prob = pointer(log_prob, b * n, "log_prob");

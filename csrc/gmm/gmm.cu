@@ -1,115 +1,11 @@
-// Plain FMA, for every covariance, d and k. One thread is one row; it meets the components in order. A block keeps its
-// rows of x in shared memory, features outside, where they fit; parameters are read at one address per warp.
-// Backward: grad_x is summed per row in component order. The parameters' statistics are summed per (slab of rows,
-// component) by one block each, in float64 across tiles, then over the slabs in order: no atomics, and slabs depend on
-// sizes only, so the result is the same on every GPU and for every grid.
-// Bound: full k d^2/2 multiply-adds per row forward, 2 k d^2 backward; diag 3 k d and 8 k d.
-#include "cuda/prims.cuh"
-#include "gmm/gmm.h"
+// Forward. full, tied in float32 with tensor cores (gmm_matrix.cuh says how): a block holds a tile of rows in shared memory
+// and meets the components in order; every warp has rows of its own, 16 M of them, all of their y in registers, and each
+// lane follows the log-sum-exp of one row. Everything else: the plain path (gmm_plain.cuh).
+// Bound: full, tied d^2/2 multiply-adds per row and component, three times that on the tensor cores; diag 3 d instructions.
+#include "gmm/gmm_matrix.cuh"
 
 namespace gmk {
 namespace {
-
-constexpr int kRows = 64;                 // rows (and threads) of a block
-constexpr int kColumns = 8;               // columns of P at a time
-constexpr int64_t kTileBytes = 24 << 10;  // shared memory for x; the same again for grad_x
-constexpr int kBlocks = 8;  // of a multiprocessor, at least: without it ptxas spills to stay at 64 registers
-
-GMK_DEV float gmm_exp(float x) { return expf(x); }
-GMK_DEV double gmm_exp(double x) { return exp(x); }
-GMK_DEV float gmm_log(float x) { return logf(x); }
-GMK_DEV double gmm_log(double x) { return log(x); }
-template <class T>
-GMK_DEV T infinity() {
-  return T(HUGE_VAL);
-}
-
-// One mixture's parameters.
-template <class T>
-struct Parameters {
-  const T *log_weights, *means, *precisions;
-  int64_t k, d;
-  int covariance;
-
-  GMK_HD_MEMBER bool matrix() const { return covariance <= kTied; }
-  GMK_HD_MEMBER const T* matrix_of(int64_t c) const { return precisions + (covariance == kFull ? c * d * d : 0); }
-  GMK_HD_MEMBER T scale(int64_t c, int64_t f) const { return precisions[covariance == kDiag ? c * d + f : c]; }
-  GMK_HD_MEMBER T diagonal(int64_t c, int64_t f) const { return matrix() ? matrix_of(c)[f * d + f] : scale(c, f); }
-};
-template <class T>
-GMK_DEV Parameters<T> parameters(const GmmInputs& in, int64_t b) {
-  Parameters<T> p;
-  p.log_weights = static_cast<const T*>(in.log_weights) + b * in.weights_stride;
-  p.means = static_cast<const T*>(in.means) + b * in.means_stride;
-  p.precisions = static_cast<const T*>(in.precisions) + b * in.precisions_stride;
-  p.k = in.k;
-  p.d = in.d;
-  p.covariance = in.covariance;
-  return p;
-}
-
-// log weight + log|det P| - d/2 log 2 pi
-template <class T>
-GMK_DEV T constant(const Parameters<T>& p, int64_t c) {
-  double sum = double(p.log_weights[c]) - 0.91893853320467274178 * double(p.d);
-  for (int64_t f = 0; f < p.d; ++f) sum += log(fabs(double(p.diagonal(c, f))));
-  return T(sum);
-}
-
-// A thread's row of x: in a shared tile (step = kRows) or in global memory (step = 1).
-template <class T>
-struct Row {
-  const T* x;
-  int64_t step;
-  GMK_HD_MEMBER T operator[](int64_t f) const { return x[f * step]; }
-};
-
-// y = (x - mean) P, columns j .. j + kColumns (0 past column d).
-template <class T>
-GMK_DEV void times_columns(T (&y)[kColumns], Row<T> x, const T* mean, const T* p, int64_t d, int64_t j) {
-  for (int e = 0; e < kColumns; ++e) y[e] = T(0);
-  const int64_t end = j + kColumns < d ? j + kColumns : d;
-  for (int64_t i = 0; i < j; ++i) {
-    const T t = x[i] - mean[i];
-    for (int e = 0; e < kColumns; ++e)
-      if (j + e < end) y[e] += t * p[i * d + j + e];
-  }
-  for (int64_t i = j; i < end; ++i) {
-    const T t = x[i] - mean[i];
-    for (int e = 0; e < kColumns; ++e)
-      if (j + e < end && i <= j + e) y[e] += t * p[i * d + j + e];
-  }
-}
-
-// |(x - mean) P|^2
-template <class T>
-GMK_DEV T square_distance(Row<T> x, const Parameters<T>& p, int64_t c) {
-  const T* const mean = p.means + c * p.d;
-  T sum = T(0);
-  if (p.matrix()) {
-    for (int64_t j = 0; j < p.d; j += kColumns) {
-      T y[kColumns];
-      times_columns(y, x, mean, p.matrix_of(c), p.d, j);
-      for (int e = 0; e < kColumns; ++e) sum += y[e] * y[e];
-    }
-  } else {
-    for (int64_t f = 0; f < p.d; ++f) {
-      const T y = (x[f] - mean[f]) * p.scale(c, f);
-      sum += y * y;
-    }
-  }
-  return sum;
-}
-
-// Rows first .. first + rows of x into tile[f][row]; every thread calls it, and may read its own row afterwards.
-template <class T>
-GMK_DEV Row<T> load_rows(T* tile, bool shared, const T* x, int64_t first, int64_t rows, int64_t d) {
-  if (!shared) return Row<T>{x + (first + (threadIdx.x < rows ? threadIdx.x : 0)) * d, 1};
-  __syncthreads();
-  for (int64_t i = threadIdx.x; i < rows * d; i += kRows) tile[i % d * kRows + i / d] = x[first * d + i];
-  __syncthreads();
-  return Row<T>{tile + (threadIdx.x < rows ? threadIdx.x : 0), kRows};
-}
 
 template <class T>
 __global__ void __launch_bounds__(kRows, kBlocks) gmm_log_prob_kernel(GmmLogProb a, int shared) {
@@ -150,212 +46,53 @@ __global__ void __launch_bounds__(kRows, kBlocks) gmm_log_prob_kernel(GmmLogProb
   }
 }
 
-// w = grad * exp(component's log-density - log_prob); 0 for a row without density.
-template <class T>
-GMK_DEV T weight(Row<T> x, const Parameters<T>& p, int64_t c, T own, T grad, T log_prob) {
-  if (log_prob == -infinity<T>() || own == -infinity<T>()) return T(0);
-  return grad * gmm_exp(own - T(0.5) * square_distance(x, p, c) - log_prob);
-}
+template <int KT>
+constexpr int kForwardM = KT <= 8 ? 2 : 1;  // y takes 4 M KT registers
 
-// grad_x -= w P y
-template <class T>
-GMK_DEV void subtract_pull(T* grad_x, int64_t step, Row<T> x, const Parameters<T>& p, int64_t c, T w) {
-  const T* const mean = p.means + c * p.d;
-  if (!p.matrix()) {
-    for (int64_t f = 0; f < p.d; ++f) {
-      const T scale = p.scale(c, f);
-      grad_x[f * step] -= w * ((x[f] - mean[f]) * scale) * scale;
-    }
-    return;
-  }
-  const T* const q = p.matrix_of(c);
-  for (int64_t j = 0; j < p.d; j += kColumns) {
-    T y[kColumns];
-    times_columns(y, x, mean, q, p.d, j);
-    for (int64_t r = 0; r < p.d && r < j + kColumns; ++r) {
-      T pull = T(0);
-      for (int e = 0; e < kColumns; ++e)
-        if (j + e < p.d && r <= j + e) pull += q[r * p.d + j + e] * y[e];
-      grad_x[r * step] -= w * pull;
-    }
-  }
-}
-
-template <class T>
-__global__ void __launch_bounds__(kRows, kBlocks) gmm_grad_x_kernel(GmmLogProbBackward a, int shared) {
+template <int KT>
+__global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks<KT>)
+    gmm_matrix_log_prob_kernel(GmmLogProb a, int capacity) {
+  if (!GMK_TF32) return;
+  constexpr int M = kForwardM<KT>;
   GMK_DYN_SHARED(bytes);
-  GMK_SHARED(constants, T[kRows]);
-  T* const tile = reinterpret_cast<T*>(bytes);
   const GmmInputs& in = a.in;
-  T* const sums = tile + in.d * kRows;  // grad_x of the tile, [d][kRows]
-  const int64_t tiles = (in.n + kRows - 1) / kRows;
-  for (int64_t job = blockIdx.x; job < in.b * tiles; job += gridDim.x) {
-    const int64_t b = job / tiles, first = job % tiles * kRows, rest = in.n - first, rows = rest < kRows ? rest : kRows;
-    const bool active = threadIdx.x < rows;
-    const Parameters<T> p = parameters<T>(in, b);
-    const Row<T> x = load_rows(tile, shared, static_cast<const T*>(in.x) + b * in.x_stride, first, rows, in.d);
-    T* const out = static_cast<T*>(a.grad_x) + (b * in.n + first) * in.d;
-    T* const grad_x = shared ? sums + threadIdx.x : out + threadIdx.x * in.d;
-    const int64_t step = shared ? kRows : 1, row = b * in.n + first + (active ? threadIdx.x : 0);
-    const T grad = static_cast<const T*>(a.grad)[row], log_prob = static_cast<const T*>(a.log_prob)[row];
-    if (active)
-      for (int64_t f = 0; f < in.d; ++f) grad_x[f * step] = T(0);
-    for (int64_t c0 = 0; c0 < in.k; c0 += kRows) {
-      __syncthreads();
-      if (c0 + threadIdx.x < in.k) constants[threadIdx.x] = constant(p, c0 + threadIdx.x);
-      __syncthreads();
-      if (active)
-        for (int64_t c = c0; c < in.k && c < c0 + kRows; ++c) {
-          const T w = weight(x, p, c, constants[c - c0], grad, log_prob);
-          if (w != T(0)) subtract_pull(grad_x, step, x, p, c, w);
-        }
-    }
+  const int d = int(in.d), k = int(in.k), tiles = (d + 7) / 8, stride = 8 * tiles + 4;
+  const int rows = int(blockDim.x) / 32 * 16 * M;
+  const int mine = int(threadIdx.x) / 32 * 16 * M + own_row<M>();
+  float* const tile = reinterpret_cast<float*>(bytes);
+  const float* const first_row = tile + int(threadIdx.x) / 32 * 16 * M * stride;
+  const int64_t blocks = (in.n + rows - 1) / rows, per = step_offset(tiles, tiles);
+  for (int64_t job = blockIdx.x; job < in.b * blocks; job += gridDim.x) {
+    const int64_t b = job / blocks, first = job % blocks * rows, rest = in.n - first;
     __syncthreads();
-    if (shared)
-      for (int64_t i = threadIdx.x; i < rows * in.d; i += kRows) out[i] = sums[i % in.d * kRows + i / in.d];
-  }
-}
-
-// Statistics of a component: sum w; full, tied: sum w t [d], sum w t_a t_b [a <= b]; diag, spherical: sum w y [d],
-// sum w y^2 [d]. scratch is [slabs][b][k][statistics].
-GMK_HD int64_t statistics(const GmmInputs& in) {
-  return in.covariance <= kTied ? 1 + in.d + in.d * (in.d + 1) / 2 : 1 + 2 * in.d;
-}
-
-template <class T>
-__global__ void __launch_bounds__(kRows, kBlocks)
-    gmm_statistics_kernel(GmmLogProbBackward a, int shared, int64_t slabs) {
-  GMK_DYN_SHARED(bytes);
-  GMK_SHARED(weights, T[kRows]);
-  T* const tile = reinterpret_cast<T*>(bytes);
-  const GmmInputs& in = a.in;
-  const int64_t count = statistics(in), d = in.d;
-  const int64_t per = ((in.n + slabs - 1) / slabs + kRows - 1) / kRows * kRows;  // rows of a slab
-  for (int64_t job = blockIdx.x; job < slabs * in.b * in.k; job += gridDim.x) {
-    const int64_t slab = job / (in.b * in.k), b = job / in.k % in.b, c = job % in.k;
-    const Parameters<T> p = parameters<T>(in, b);
-    const T own = constant(p, c);
-    const T* const mean = p.means + c * d;
-    double* const sums = static_cast<double*>(a.scratch) + job * count;
-    for (int64_t s = threadIdx.x; s < count; s += kRows) sums[s] = 0;
-    const int64_t end = (slab + 1) * per < in.n ? (slab + 1) * per : in.n;
-    for (int64_t first = slab * per; first < end; first += kRows) {
-      const int64_t rows = end - first < kRows ? end - first : kRows;
-      const T* const global = static_cast<const T*>(in.x) + b * in.x_stride;
-      const Row<T> x = load_rows(tile, shared, global, first, rows, d);
-      __syncthreads();
-      if (threadIdx.x < rows) {
-        const int64_t row = b * in.n + first + threadIdx.x;
-        weights[threadIdx.x] =
-            weight(x, p, c, own, static_cast<const T*>(a.grad)[row], static_cast<const T*>(a.log_prob)[row]);
+    load_tile(tile, stride, static_cast<const float*>(in.x) + b * in.x_stride + first * d,
+              int(rest < rows ? rest : rows), rows, d, 8 * tiles);
+    Steps<false, kChunkSteps<KT>> steps(static_cast<const float*>(a.scratch) + b * k * per, tile + rows * stride,
+                                        capacity, tiles, k);
+    float best = -infinity<float>(), sum = 0.0f;
+    bool any = false;
+    for (int c = 0; c < k; ++c) {
+      float y[M][KT][4] = {}, own = 0.0f;
+      for (int i = 0; i < tiles; ++i) {
+        const float* const step = steps.next(kHeader + kBlock * (tiles - i));
+        own = step[8];
+        if (own == -infinity<float>()) continue;
+        multiply_step<M, KT, true>(y, first_row, stride, step, step + kHeader, i, tiles);
       }
-      __syncthreads();
-      const T* const all = shared ? tile : global + first * d;
-      const int64_t step = shared ? kRows : 1, next = shared ? 1 : d;  // to the next feature, to the next row
-      for (int64_t s = threadIdx.x; s < count; s += kRows) {
-        double sum = 0;
-        int64_t i = s - 1, j = -1;  // features; j < 0: none
-        if (p.matrix() && s > d) {
-          int64_t left = s - 1 - d;
-          for (i = 0; left >= d - i; ++i) left -= d - i;
-          j = i + left;
-        } else if (!p.matrix() && s > d) {
-          i = j = s - 1 - d;
-        }
-        const T scale_i = i >= 0 && !p.matrix() ? p.scale(c, i) : T(1);
-        const T scale_j = j >= 0 && !p.matrix() ? p.scale(c, j) : T(1);
-        for (int64_t r = 0; r < rows; ++r) {
-          const T w = weights[r];
-          if (w == T(0)) continue;
-          T e = w;
-          if (i >= 0) e *= (all[i * step + r * next] - mean[i]) * scale_i;
-          if (j >= 0) e *= (all[j * step + r * next] - mean[j]) * scale_j;
-          sum += double(e);
-        }
-        sums[s] += sum;
+      if (own == -infinity<float>()) continue;
+      any = true;
+      const float lp = own - 0.5f * own_square(y);
+      if (lp > best) {
+        sum = sum * gmm_exp(best - lp) + 1.0f;
+        best = lp;
+      } else if (lp > -infinity<float>() || own != own) {  // products of huge numbers may be inf - inf: no density
+        sum += gmm_exp(lp - best);
       }
     }
-  }
-}
-
-// Slabs added in order, into slab 0.
-__global__ void __launch_bounds__(kRows) gmm_sum_slabs_kernel(double* sums, int64_t count, int64_t slabs) {
-  for (int64_t i = int64_t(blockIdx.x) * kRows + threadIdx.x; i < count; i += int64_t(gridDim.x) * kRows) {
-    double sum = 0;
-    for (int64_t s = 0; s < slabs; ++s) sum += sums[s * count + i];
-    sums[i] = sum;
-  }
-}
-
-GMK_DEV double second_moment(const double* sums, int64_t d, int64_t a, int64_t b) {
-  const int64_t low = a < b ? a : b, high = a < b ? b : a;
-  return sums[1 + d + low * d - low * (low - 1) / 2 + high - low];
-}
-
-// One gradient of P[row][column] from one component's statistics.
-template <class T>
-GMK_DEV double matrix_gradient(const double* sums, const T* p, int64_t d, int64_t row, int64_t column) {
-  if (row > column) return 0;
-  double g = 0;
-  for (int64_t i = 0; i <= column; ++i) g -= second_moment(sums, d, row, i) * double(p[i * d + column]);
-  if (row == column && sums[0] != 0) g += sums[0] / double(p[row * d + row]);
-  return g;
-}
-
-// One thread is one number of the parameters' gradients.
-template <class T>
-__global__ void __launch_bounds__(kRows) gmm_grad_parameters_kernel(GmmLogProbBackward a) {
-  const GmmInputs& in = a.in;
-  const int64_t count = statistics(in), k = in.k, d = in.d;
-  const int64_t matrix = in.covariance == kFull   ? k * d * d
-                         : in.covariance == kTied ? d * d
-                         : in.covariance == kDiag ? k * d
-                                                  : k;
-  const int64_t per = k + k * d + matrix;
-  for (int64_t job = int64_t(blockIdx.x) * kRows + threadIdx.x; job < in.b * per; job += int64_t(gridDim.x) * kRows) {
-    const int64_t b = job / per;
-    int64_t i = job % per;
-    const Parameters<T> p = parameters<T>(in, b);
-    const double* const mixture = static_cast<const double*>(a.scratch) + b * k * count;
-    if (i < k) {
-      static_cast<T*>(a.grad_log_weights)[b * k + i] = T(mixture[i * count]);
-      continue;
-    }
-    i -= k;
-    if (i < k * d) {
-      const int64_t c = i / d, f = i % d;
-      const double* const s = mixture + c * count;
-      double g = 0;
-      if (p.matrix()) {  // (P P^T s1)[f]
-        const T* const q = p.matrix_of(c);
-        for (int64_t e = f; e < d; ++e) {
-          double projected = 0;
-          for (int64_t r = 0; r <= e; ++r) projected += s[1 + r] * double(q[r * d + e]);
-          g += double(q[f * d + e]) * projected;
-        }
-      } else {
-        g = double(p.scale(c, f)) * s[1 + f];
-      }
-      static_cast<T*>(a.grad_means)[b * k * d + i] = T(g);
-      continue;
-    }
-    i -= k * d;
-    double g = 0;
-    if (in.covariance == kFull) {
-      const int64_t c = i / (d * d), row = i / d % d;
-      g = matrix_gradient(mixture + c * count, p.matrix_of(c), d, row, i % d);
-    } else if (in.covariance == kTied) {
-      for (int64_t c = 0; c < k; ++c) g += matrix_gradient(mixture + c * count, p.precisions, d, i / d, i % d);
-    } else {
-      const int64_t c = in.covariance == kDiag ? i / d : i;
-      const int64_t begin = in.covariance == kDiag ? i % d : 0, end = in.covariance == kDiag ? begin + 1 : d;
-      const double* const s = mixture + c * count;
-      for (int64_t f = begin; f < end; ++f) {
-        const double rest = s[0] - s[1 + d + f];
-        if (rest != 0) g += rest / double(p.scale(c, f));
-      }
-    }
-    static_cast<T*>(a.grad_precisions)[b * matrix + i] = T(g);
+    const RowKind kind = row_kind(tile + mine * stride, d);
+    float r = sum == 0.0f || (kind.infinite && !kind.nan) ? -infinity<float>() : best + gmm_log(sum);
+    if (kind.nan && any) r = bits_float(0x7fc00000u);
+    if (mine < rest && (M == 2 || (threadIdx.x & 2) == 0)) static_cast<float*>(a.out)[b * in.n + first + mine] = r;
   }
 }
 
@@ -367,30 +104,16 @@ Status launch(const GmmLogProb& a, void* stream) {
                     shared ? size_t(bytes) : 0, stream, a, shared);
 }
 
-template <class T>
-Status launch_backward(const GmmLogProbBackward& a, void* stream) {
-  const GmmInputs& in = a.in;
-  const int64_t bytes = in.d * kRows * int64_t(sizeof(T));
-  const int shared = bytes <= kTileBytes;
-  if (a.need_x && in.n > 0) {
-    const Status status = GMK_LAUNCH((gmm_grad_x_kernel<T>), grid_for(in.b * ((in.n + kRows - 1) / kRows), 1), kRows,
-                                     shared ? size_t(2 * bytes) : 0, stream, a, shared);
-    if (status) return status;
-  }
-  if (!a.need_parameters) return kOk;
-  const int64_t count = in.b * in.k * statistics(in);
-  const int64_t slabs = count ? a.scratch_bytes / (count * int64_t(sizeof(double))) : 1;
-  if (slabs < 1) return "scratch is too small";
-  if (count) {
-    Status status = GMK_LAUNCH((gmm_statistics_kernel<T>), grid_for(slabs * in.b * in.k, 1), kRows,
-                               shared ? size_t(bytes) : 0, stream, a, shared, slabs);
-    if (status) return status;
-    double* const sums = static_cast<double*>(a.scratch);
-    status = GMK_LAUNCH((gmm_sum_slabs_kernel), grid_for(count, kRows), kRows, 0, stream, sums, count, slabs);
-    if (status) return status;
-  }
-  const unsigned grid = grid_for(in.b * in.k * (1 + 2 * in.d), kRows);
-  return GMK_LAUNCH((gmm_grad_parameters_kernel<T>), grid, kRows, 0, stream, a);
+template <int KT>
+Status launch_matrix(const GmmLogProb& a, void* stream) {
+  constexpr int M = kForwardM<KT>;
+  const Status status = gmm_prepare(a.in, static_cast<float*>(a.scratch), false, stream);
+  if (status) return status;
+  const int tiles = int(a.in.d + 7) / 8, warps = int(a.in.n >= 64 * M ? 4 : (a.in.n + 16 * M - 1) / (16 * M));
+  const int rows = warps * 16 * M, capacity = chunk_floats(tiles, tiles, kChunkSteps<KT>);
+  const size_t bytes = (size_t(rows) * (8 * tiles + 4) + 2 * capacity) * sizeof(float);
+  return GMK_LAUNCH((gmm_matrix_log_prob_kernel<KT>), grid_for(a.in.b * ((a.in.n + rows - 1) / rows), 1), 32 * warps,
+                    bytes, stream, a, capacity);
 }
 
 }  // namespace
@@ -398,13 +121,12 @@ Status launch_backward(const GmmLogProbBackward& a, void* stream) {
 Status gmm_log_prob_cuda(const GmmLogProb& a, int device, void* stream) {
   if (a.in.b <= 0 || a.in.n <= 0) return kOk;
   const DeviceGuard guard(device);
-  return a.in.dtype == kFloat64 ? launch<double>(a, stream) : launch<float>(a, stream);
-}
-
-Status gmm_log_prob_backward_cuda(const GmmLogProbBackward& a, int device, void* stream) {
-  if (a.in.b <= 0) return kOk;
-  const DeviceGuard guard(device);
-  return a.in.dtype == kFloat64 ? launch_backward<double>(a, stream) : launch_backward<float>(a, stream);
+  if (a.in.dtype == kFloat64) return launch<double>(a, stream);
+  const bool tensor_cores = gmm_has_tensor_cores();
+  if (diagonal_path(a.in, tensor_cores)) return gmm_diagonal_log_prob(a, stream);
+  if (tensor_cores && matrix_path(a.in, a.scratch_bytes, false))
+    return for_tiles(a.in.d, [&](auto t) { return launch_matrix<decltype(t)::value>(a, stream); });
+  return launch<float>(a, stream);
 }
 
 }  // namespace gmk

@@ -25,6 +25,9 @@ struct GmmInputs {
 
 struct GmmLogProb {
   void* out;  // [b, n]
+  void*
+      scratch;  // CUDA only: parameters prepared for the tensor cores (ops/gmm.py allocates it); without, the plain path
+  int64_t scratch_bytes;
   GmmInputs in;
 };
 
@@ -36,8 +39,9 @@ struct GmmLogProbBackward {
   void* grad_precisions;         // [b, ...]
   const void* grad;              // [b, n]
   const void* log_prob;          // [b, n]: the result of the forward
+  void* prepared;                // CUDA only: as in GmmLogProb
   void* scratch;                 // CUDA only: [slabs][statistics] float64 (ops/gmm.py allocates it)
-  int64_t scratch_bytes;
+  int64_t prepared_bytes, scratch_bytes;
   GmmInputs in;
 };
 

@@ -9,6 +9,8 @@ _TYPES = reference.gmm.COVARIANCE_TYPES
 _TRAILING = {"full": 3, "tied": 2, "diag": 2, "spherical": 1}  # dimensions of precisions_cholesky after the batch
 _SHAPES = {"full": "[..., k, d, d]", "tied": "[..., d, d]", "diag": "[..., k, d]", "spherical": "[..., k]"}
 
+# CUDA: d for which full and tied use tensor cores: below, plain arithmetic is as fast; above, tiles do not fit.
+_MATRIX_FEATURES = 8, 128
 # CUDA: row slabs whose sums are added in order. Their number depends on sizes only, not on the GPU: so does the result.
 _SLAB_ROWS, _MOST_SLABS, _SLAB_BYTES = 2048, 64, 24 << 20
 
@@ -80,13 +82,36 @@ def _arguments(x, log_weights, means, precisions_cholesky, covariance_type, batc
     return tuple(t for t, _ in flat), scalars
 
 
-_forward = Kernel("gmm_log_prob")
+def _prepared_bytes(x, b, n, k, d, covariance_type, pull=False):
+    """Parameters in the order of the tensor cores (csrc/gmm/gmm_cuda.h); 0 where the plain kernels are used."""
+    if x.dtype is not torch.float32 or covariance_type not in ("full", "tied") or not n:
+        return 0
+    tiles = -(-d // 8)
+    inside = _MATRIX_FEATURES[0] <= d <= _MATRIX_FEATURES[1]
+    return 4 * b * k * (12 * tiles + 64 * tiles * (tiles + 1) * (2 if pull else 1)) if inside else 0
+
+
+def _sums_bytes(b, n, k, d, covariance_type):
+    """Float64 sums of every row slab."""
+    bytes_per_slab = 8 * b * k * (1 + 2 * d if covariance_type in ("diag", "spherical") else 1 + d + d * (d + 1) // 2)
+    return bytes_per_slab * max(1, min(-(-n // _SLAB_ROWS), _MOST_SLABS, _SLAB_BYTES // max(bytes_per_slab, 1)))
+
+
+def _scratch(x, size):
+    """Workspace of a CUDA kernel."""
+    if not size or not (x.is_cuda or Kernel.backend is not None):
+        return None
+    return torch.empty(size, dtype=torch.uint8, device=x.device)
+
+
+_forward = Kernel("gmm_log_prob", scratch=1)
 _backward = Kernel("gmm_log_prob_backward", scratch=1)
 
 
 def _launch(out, *args):
     ins, scalars = _arguments(*args, out.shape[:-1])
-    _forward((out,), ins, *scalars)
+    scratch = _scratch(ins[0], _prepared_bytes(ins[0], *scalars[1:5], args[4]))
+    _forward((out, scratch), ins, 0 if scratch is None else scratch.nbytes, *scalars)
 
 
 def _backward_outputs(grad, log_prob, x, log_weights, means, precisions_cholesky, covariance_type, need_x,
@@ -107,21 +132,16 @@ def _backward_outputs(grad, log_prob, x, log_weights, means, precisions_cholesky
     )
 
 
-def _scratch(x, b, n, k, d, covariance_type):
-    """Float64 sums of every row slab (CUDA)."""
-    bytes_per_slab = 8 * b * k * (1 + 2 * d if covariance_type in ("diag", "spherical") else 1 + d + d * (d + 1) // 2)
-    slabs = max(1, min(-(-n // _SLAB_ROWS), _MOST_SLABS, _SLAB_BYTES // max(bytes_per_slab, 1)))
-    return torch.empty(slabs * bytes_per_slab // 8, dtype=torch.float64, device=x.device)
-
-
 def _backward_launch(outs, grad, log_prob, x, log_weights, means, precisions_cholesky, covariance_type, need_x,
                      need_parameters):
     ins, scalars = _arguments(x, log_weights, means, precisions_cholesky, covariance_type, grad.shape[:-1])
-    scratch = None
-    if need_parameters and (x.is_cuda or Kernel.backend is not None):
-        scratch = _scratch(x, *scalars[1:5], covariance_type)
-    _backward((*outs, scratch), (grad.contiguous(), log_prob.contiguous(), *ins),
-              0 if scratch is None else 8 * scratch.numel(), *scalars, need_x, need_parameters)
+    prepared = _prepared_bytes(x, *scalars[1:5], covariance_type, pull=need_x)
+    sums = _sums_bytes(*scalars[1:5], covariance_type) if need_parameters else 0
+    scratch = _scratch(x, prepared + sums)
+    if scratch is None:
+        prepared = sums = 0
+    _backward((*outs, scratch), (grad.contiguous(), log_prob.contiguous(), *ins), prepared, sums, *scalars, need_x,
+              need_parameters)
 
 
 def _twice_setup(ctx, inputs, output):
