@@ -81,7 +81,7 @@ class Present:
 def _around(families):
     python = ROOT / "python" / "gmkernels"
     files = [TESTS / "conftest.py", *TESTS.glob("*cases.py"), python / "_call.py"]
-    files += [f for f in (TESTS / "simt").iterdir() if f.suffix in (".py", ".h", ".cpp", ".txt")]
+    files += [f for f in (TESTS / "simt").iterdir() if f.suffix in (".py", ".h", ".cpp")]
     files += [f for name in families for f in python.rglob(f"{name}*.py")]
     return sorted(files)
 

@@ -163,10 +163,12 @@ def _again(item):
 
 
 def _process(pid):
-    """State, CPU seconds, and bytes in memory."""
+    """State, CPU seconds, and bytes in memory that are not a file's."""
     with open(f"/proc/{pid}/stat") as f:
         fields = f.read().rpartition(")")[2].split()
-    return fields[0], (int(fields[11]) + int(fields[12])) / CLOCK, int(fields[21]) * PAGE
+    with open(f"/proc/{pid}/statm") as f:
+        _, resident, shared, *_ = map(int, f.read().split())
+    return fields[0], (int(fields[11]) + int(fields[12])) / CLOCK, (resident - shared) * PAGE
 
 
 def _cause(error):
