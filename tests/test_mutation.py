@@ -191,6 +191,16 @@ def test_a_verdict_depends_on_its_test_and_what_the_tests_share(tmp_path, monkey
     tests._parts.cache_clear()
 
 
+def test_a_sample_changes_little():
+    pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
+    from mutation.run import draw
+
+    names = [f"f.cu:kernel:sign:{i}#1" for i in range(500)]
+    some = draw(names, 40, 0)
+    assert len(set(some)) == 40 and some != draw(names, 40, 1) and set(some) < set(draw(names, 80, 0))
+    assert len(set(some) - set(draw(names[5:], 40, 0))) < 5
+
+
 def test_killers_are_read_as_written(tmp_path):
     pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
     from mutation.verdicts import killers, write_killers

@@ -51,6 +51,27 @@ class Builder:
                 users.setdefault(str((backend.BUILD / line.strip()).resolve()), []).append(current)
         return users
 
+    @cached_property
+    def behind(self):
+        """kernel -> objects that a call of <kernel>_cuda can reach."""
+        defined, wanted = {}, {}
+        for name in self.commands[0]:
+            for line in _output("nm", "-C", str(backend.BUILD / name)).splitlines():
+                kind, _, symbol = line[17:].partition(" ")
+                symbol = symbol.split("(")[0]
+                if symbol.startswith("gmk::") and kind == "T":
+                    defined.setdefault(symbol, name)
+                elif symbol.startswith("gmk::") and kind == "U":
+                    wanted.setdefault(name, set()).add(symbol)
+        reached = {}
+        for symbol, name in defined.items():
+            found, more = set(), {name}
+            while more:
+                found |= more
+                more = {defined[s] for o in more for s in wanted.get(o, ()) if s in defined} - found
+            reached[symbol.removeprefix("gmk::").removesuffix("_cuda")] = found
+        return reached
+
     def objects(self, path):
         return self.users.get(str(path), [])
 
@@ -100,7 +121,10 @@ class Builder:
 
 
 def _ninja(*arguments):
-    command = [backend._NINJA, "-C", str(backend.BUILD), "--quiet", *arguments]
+    return _output(backend._NINJA, "-C", str(backend.BUILD), "--quiet", *arguments)
+
+
+def _output(*command):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

@@ -1,7 +1,7 @@
 """Mutants against tests: who notices what."""
 
+import hashlib
 import os
-import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,8 @@ def run(family="", sample=0, seed=0, jobs=2, operator="", names=(), again=False,
     chosen = [(p, m) for p, m in all_mutants(family)
               if operator in ("", m.operator) and (not names or m.name in names)]
     if sample:
-        chosen = random.Random(seed).sample(chosen, min(sample, len(chosen)))
+        drawn = set(draw([m.name for _, m in chosen], sample, seed))
+        chosen = [(p, m) for p, m in chosen if m.name in drawn]
     cache, hints = Cache(FOLDER / "verdicts.jsonl"), killers()
     rows, began = [], time.monotonic()
     by_path = {}
@@ -44,6 +45,11 @@ def run(family="", sample=0, seed=0, jobs=2, operator="", names=(), again=False,
             rows += _File(path, jobs, cache, hints, say).run(some, again)
     say(f"{len(rows)} mutants, {time.monotonic() - began:.0f} s")
     return rows
+
+
+def draw(names, count, seed):
+    """A random sample that changes little when mutants come and go, and contains every smaller one."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())[:count]
 
 
 def known():
@@ -130,14 +136,15 @@ class _File:
             family = family_of(hint, self.families) if hint else min(self.families, key=self.size)
             made = builder.compile(self.of(family))
             if hint or len(self.families) > 1:  # quick: one family, or one test
-                names = [hint] if hint else [t for t in shown if family_of(t, self.families) == family]
-                library = self.link(builder, made)
+                library, changed = self.link(builder, made)
+                names = [hint] if hint else [t for t in self.reach(shown, changed)
+                                             if family_of(t, self.families) == family]
                 if library and names:
                     verdict, test = self.tests.run(library, names=names, function=m.function)
                     if test:
                         return {"verdict": verdict, "test": test}
             made.update(builder.compile([o for o in self.objects if o not in made]))
-            library = self.link(builder, made)
+            library, changed = self.link(builder, made)
         except Compiled:
             return {"verdict": "invalid"}
         if library is None:
@@ -145,6 +152,7 @@ class _File:
         names = shown
         if before and before["verdict"] == "survived" and not again and self.present.holds(before):
             names = self.present.unseen(before, names)
+        names = self.reach(names, changed)
         verdict, test = self.tests.run(library, SCHEDULES[0], names, m.function)
         if test:
             return {"verdict": verdict, "test": test}
@@ -160,6 +168,13 @@ class _File:
         huge = m.operator == "narrow" or ">> 32" in self.lines[m.line - 1]
         return [t for t in self.tests.ids if huge or "_huge.py::" not in t]
 
+    def reach(self, names, changed):
+        """Those of the tests that call a kernel in one of the changed objects."""
+        called, behind = self.tests.warm(), self.plain.behind
+        objects = {t: set().union(*(behind.get(kernel, self.objects) for kernel in called.get(t, ())))
+                   for t in names}
+        return [t for t in names if t not in called or objects[t] & set(changed)]
+
     def of(self, family):
         return [o for o in self.objects if self.plain.commands[0][o][0].split("/")[-2] == family]
 
@@ -167,6 +182,6 @@ class _File:
         return sum(len(self.original[o]) for o in self.of(family))
 
     def link(self, builder, made):
-        """The module with the objects that have changed, or None if there are none."""
+        """The module with the objects that have changed, or None if there are none; and these."""
         changed = [o for o in made if made[o] != self.original[o]]
-        return builder.link(changed) if changed else None
+        return (builder.link(changed) if changed else None), changed

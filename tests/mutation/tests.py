@@ -64,7 +64,7 @@ class Tests:
         self.seconds, self.passed = {}, set()  # of tests without a mutant; (test, schedule)
         self.kills = {}  # (function or "", test) -> mutants
         self.lock, self.baseline = threading.Lock(), threading.Lock()
-        self.answers, self.is_warm = {}, False
+        self.answers, self.called = {}, {}  # called: test -> kernels
         self._start()
 
     def _start(self):
@@ -108,12 +108,18 @@ class Tests:
             raise RuntimeError(f"the process of {self.files} has ended")
         return answer
 
+    def warm(self):
+        """What each test calls: {id: kernels}; those of many gigabytes are left out."""
+        with self.baseline:
+            if not self.called:
+                waiting = self.answers["warm"] = queue.SimpleQueue()
+                self._send({"warm": self.library})
+                self.called = {self.ids[int(i)]: names for i, names in waiting.get()["called"].items()}
+        return self.called
+
     def ensure(self, tests, schedule):
         """Without a mutant these tests pass; how long each takes."""
         with self.baseline:
-            if not self.is_warm and len(tests) > len(self.ids) / 2:
-                self._send({"warm": self.library})
-                self.is_warm = True
             new = [i for i in tests if (i, schedule) not in self.passed]
             if not new:
                 return

@@ -4,7 +4,7 @@ Started by tests.py as `python -m mutation.worker <file descriptor in> <out> <te
 tests; then it reads a job a line, {"id", "library", "tests": [numbers, in order], "limits": [CPU seconds],
 "schedule"}, and answers {"id", "verdict", "test", "seconds": {number: CPU seconds}} when it is done, several jobs at a
 time. The job {"warm": library} runs all tests once in the process itself, so that later forks inherit what torch does
-at a first call.
+at a first call; it answers which kernels each of them calls.
 
 Time is CPU time, and memory is counted: a machine that is busy or a process that is stopped for a while changes no
 verdict.
@@ -77,11 +77,19 @@ class Worker:
                     self.say(answer)
 
     def warm(self, items, library):
+        from simt import backend
+
         _use(library)
-        items = [item for item in items if "_huge.py::" not in item.nodeid]
-        for item, following in zip(items, [*items[1:], None], strict=True):
+        called, call = {}, backend._run
+        backend._run = lambda options, name, *a: (names.add(name), call(options, name, *a))[1]
+        chosen = [(i, item) for i, item in enumerate(items) if "_huge.py::" not in item.nodeid]
+        for (i, item), (_, following) in zip(chosen, [*chosen[1:], (None, None)], strict=True):
+            names = set()
             _again(item)
             runtestprotocol(item, log=False, nextitem=following)
+            called[i] = sorted(names)
+        backend._run = call
+        self.say({"id": "warm", "called": called})
 
     def run(self, items, job, out):
         """In the child."""
