@@ -441,14 +441,17 @@ def test_infinities_that_cancel(device, bad):
     assert ops.gmm_log_prob(x, zero[0, :1], zero, precision, "full").tolist() == [-INF]
 
 
+@pytest.mark.parametrize("n", [3, 40])
 @pytest.mark.parametrize("covariance_type", TYPES)
-def test_components_without_weight(device, covariance_type):
-    args = mixture(9, 3, 3, covariance_type, F64, device.torch)
+def test_components_without_weight(device, covariance_type, n):
+    args = mixture(n, 3, 3, covariance_type, F64, device.torch)
     args[1][1] = -INF
-    args[2][1] = INF  # whatever it holds
-    lp, grads = run(args, covariance_type, torch.ones(9, dtype=F64, device=device.torch))
+    args[2][1] = INF if n > 3 else NAN  # whatever it holds
+    if covariance_type != "tied":
+        args[3][1] = NAN
+    lp, grads = run(args, covariance_type, torch.ones(n, dtype=F64, device=device.torch))
     kept = [args[0], args[1][[0, 2]], args[2][[0, 2]], args[3] if covariance_type == "tied" else args[3][[0, 2]]]
-    want, wanted = run(kept, covariance_type, torch.ones(9, dtype=F64, device=device.torch))
+    want, wanted = run(kept, covariance_type, torch.ones(n, dtype=F64, device=device.torch))
     cases.close(lp, want)
     cases.close(grads[0], wanted[0])
     for i, (g, w) in enumerate(zip(grads[1:], wanted[1:], strict=True)):
@@ -459,15 +462,25 @@ def test_components_without_weight(device, covariance_type):
             assert torch.equal(g[1], torch.zeros_like(g[1]))
     args[1][:] = -INF
     args[2][1] = 0
-    lp, grads = run(args, covariance_type, torch.ones(9, dtype=F64, device=device.torch))
+    if covariance_type != "tied":
+        args[3][1] = 1
+    lp, grads = run(args, covariance_type, torch.ones(n, dtype=F64, device=device.torch))
     assert (lp == -INF).all() and all((g == 0).all() for g in grads)
 
 
 def test_singular_components_are_left_out(device):
     for covariance_type in ("full", "diag", "spherical"):
-        args = mixture(9, 3, 2, covariance_type, F64, device.torch)
-        args[3][1] = 0
-        check(args, covariance_type)
+        for n in (3, 40):
+            args = mixture(n, 3, 2, covariance_type, F64, device.torch)
+            args[3][1] = 0
+            check(args, covariance_type)
+            if covariance_type != "spherical":
+                clean = run(args, covariance_type, torch.ones(n, dtype=F64, device=device.torch))
+                args[3][1, 0] = NAN  # one zero on the diagonal is enough
+                got = run(args, covariance_type, torch.ones(n, dtype=F64, device=device.torch))
+                cases.close(got[0], clean[0])
+                for g, w in zip(got[1], clean[1], strict=True):
+                    cases.close(g, w)
 
 
 def test_empty(device):

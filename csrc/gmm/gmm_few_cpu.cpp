@@ -97,7 +97,11 @@ static void constants(const Word<T>& w) {
       const v p = GMK_AT(f.precisions, precision_of<T>(in, c, j, j)), log_abs = vlog(vmax(p, -p));
       for (int l = 0; l < n; ++l) sum[l] += double(log_abs[l]);
     }
-    for (int l = 0; l < n; ++l) f.constants[c * n + l] = T(sum[l]);
+    for (int l = 0; l < n; ++l) {  // a component that is left out may hold NaN
+      bool out = f.log_weights[c * n + l] == T(-INFINITY);
+      for (int64_t j = 0; j < d; ++j) out |= f.precisions[precision_of<T>(in, c, j, j) * n + l] == T(0);
+      f.constants[c * n + l] = out ? T(-INFINITY) : T(sum[l]);
+    }
   }
 }
 

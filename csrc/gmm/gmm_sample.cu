@@ -8,6 +8,7 @@ namespace gmk {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kBlocks = 5;  // of a multiprocessor, at least: without it ptxas spills to stay at 64 registers
 
 // P[i][j] of component c, i <= j; "diag" and "spherical" have only i = j.
 template <class T>
@@ -19,7 +20,7 @@ GMK_DEV T precision(const T* p, const GmmSample& a, int64_t c, int64_t i, int64_
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) gmm_sample_kernel(GmmSample a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gmm_sample_kernel(GmmSample a) {
   const int64_t rows = a.b * a.n, stride = int64_t(gridDim.x) * kThreads, d = a.d;
   const bool matrix = a.covariance <= kTied;
   for (int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x; row < rows; row += stride) {

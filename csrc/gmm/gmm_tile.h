@@ -136,6 +136,8 @@ GMK_INLINE T sum_log_abs(const T* p, int64_t step, int64_t count, T* work) {
   constexpr int n = simd<T>::n;
   for (int64_t f = 0; f < count; ++f) work[f] = p[f * step] < 0 ? -p[f * step] : p[f * step];
   double sum = 0;
+  for (int64_t f = 0; f < count; ++f)
+    if (work[f] == 0) return T(-INFINITY);  // whatever the others hold: the component is left out
   for (int64_t f = 0; f < count; f += n) {
     const int64_t some = count - f < n ? count - f : n;
     const auto logs = vlog(load_some(work + f, some));
@@ -172,7 +174,8 @@ static Mixture<T> prepare(const GmmInputs& in, int64_t b, T* scratch) {
       for (int64_t f = 0; f < d; ++f) m.scales[c * d + f] = in.covariance == kDiag ? p[c * d + f] : p[c];
       log_det = sum_log_abs(m.scales + c * d, 1, d, work);
     }
-    m.constants[c] = T(double(log_weights[c]) + double(log_det) - double(d) * half_log_2pi);
+    const bool out = log_weights[c] == T(-INFINITY) || log_det == T(-INFINITY);  // P may be NaN then
+    m.constants[c] = out ? T(-INFINITY) : T(double(log_weights[c]) + double(log_det) - double(d) * half_log_2pi);
   }
   if (matrix) return m;
   for (int64_t f = 0; f < d; ++f) {
