@@ -111,7 +111,7 @@ template <class T, int n>
 struct alignas(n * sizeof(T) <= 16 ? n * sizeof(T) : 16) Pack {
   T v[n];
 };
-GMK_DEV bool aligned(const void* p, size_t bytes) {
+GMK_HD bool aligned(const void* p, size_t bytes) {
   return reinterpret_cast<uintptr_t>(p) % (bytes < 16 ? bytes : 16) == 0;
 }
 template <class T, int n>
@@ -156,7 +156,11 @@ GMK_DEV void cp_async16(void* shared, const void* global, int bytes = 16) {
 #ifdef GMK_SIMT
   gmk_simt::async_copy(shared, global, 16, bytes);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-  for (int i = 0; i < 16; ++i) ((unsigned char*)shared)[i] = i < bytes ? ((const unsigned char*)global)[i] : 0;
+  if (bytes == 16) {
+    *(uint4*)shared = *(const uint4*)global;
+  } else {
+    for (int i = 0; i < 16; ++i) ((unsigned char*)shared)[i] = i < bytes ? ((const unsigned char*)global)[i] : 0;
+  }
 #else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
                "l"(global), "r"(bytes)
@@ -184,6 +188,15 @@ GMK_DEV void cp_async_wait() {
 // With lane = 4 g + t (PTX ISA, "Matrix Fragments"), and columns counted in registers (k / 2 of them, or k):
 //   a[i] = A[g + 8 (i & 1)][t + 4 (i >> 1)]    b[i] = B[t + 4 i][g]    c[i] = C[g + 8 (i >> 1)][2 t + (i & 1)]
 enum MmaType { kMmaBf16, kMmaF16, kMmaTf32 };
+// Does this GPU have these instructions? Known at compile time; the emulator can be told to be an old GPU, so that what a
+// kernel does instead is tested too.
+#ifdef GMK_SIMT
+GMK_DEV bool has_mma() { return gmk_simt::has_mma(); }
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+GMK_DEV constexpr bool has_mma() { return false; }
+#else
+GMK_DEV constexpr bool has_mma() { return true; }
+#endif
 template <MmaType type>
 GMK_DEV void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&c)[4]) {
   const auto value = [](uint32_t word, int half) {

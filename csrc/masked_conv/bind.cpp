@@ -31,9 +31,9 @@ static Taps taps_of(const Ints& index, const Ints& kernel, bool negated) {
   return t;
 }
 
-static MaskedConv masked_conv2d(Address out, Address x, Address weight, Address bias, Address grad, const Ints& size,
-                                const Ints& taps, const Ints& kernel, bool transposed, const Ints& nhwc, int gate,
-                                int dtype) {
+static MaskedConv masked_conv2d(Address out, Address workspace, Address x, Address weight, Address bias, Address grad,
+                                const Ints& size, const Ints& taps, const Ints& kernel, bool transposed,
+                                const Ints& nhwc, int gate, int dtype, std::int64_t workspace_size) {
   MaskedConv a{};
   a.b = size.at(0);
   a.c_in = size.at(1);
@@ -46,6 +46,8 @@ static MaskedConv masked_conv2d(Address out, Address x, Address weight, Address 
   a.weight_in = transposed ? a.c_out * area : area;
   const std::int64_t gated = a.c_out / 2;
   a.out = pointer(out, pixels * (gate == kGate ? gated : a.c_out), "out");
+  a.workspace = pointer(workspace, workspace_size, "workspace");
+  a.workspace_size = workspace_size;
   a.x = pointer(x, pixels * a.c_in, "x");
   a.weight = pointer(weight, a.c_in * a.c_out * area, "weight");
   a.bias = optional_pointer(bias);

@@ -1,227 +1,457 @@
-// Implicit matrix products over the list of live taps: a tile of kTile x kTile results per block, 4 x 4 per thread, both
-// factors through shared memory kDepth at a time. Plain multiply-adds, so bound by them (67 TFLOP/s in float32 on an
-// H200). No atomics: every result is one thread's, summed in a fixed order.
-#include "cuda/prims.cuh"
-#include "masked_conv/masked_conv.h"
+// Forward, gate, gate gradient, and the gradient for x: out[pixel][o] = sum over k of image[pixel][k] weight[k][o], with the
+// matrices of conv_tile.cuh. A block makes a tile of pixels x channels, a chunk of 64 bytes of k at a time.
+//
+//   weight   masked_conv2d_pack_kernel writes it once per call in the order of the tiles' shared memory: masked taps left
+//            out, zeros past the ends, in float32 split into hi and lo. So all strides (the gradient for x exchanges the
+//            channels) are the pack's business, and the product's loads are 16-byte copies without a condition. Weights
+//            are small beside the image: 0.3 MB for 3x3 B 128 -> 128 in bfloat16, against 34 MB at 128x32x32.
+//   shared   rows of 64 bytes, 2 or 3 stages. Thread (g, t) of a warp takes the 16-byte slot t of row g: words 0, 1 are its
+//            share of the first mma, words 2, 3 of the second. A sum may be taken in any order as long as both factors
+//            agree, so the k of a chunk are dealt to the lanes this way and no ldmatrix is needed: 16 LDS.128 for 64 mma.
+//            The slot is xor-ed with the row's j: the loads, and the writes of both memory formats, are free of conflicts.
+//   columns  come in groups of 4 V channels, in which thread t holds channels V t ... V t + V - 1: one 16-byte store. With a
+//            gate, groups alternate between tanh and sigmoid channels, so that partners meet in one thread.
+//   pixels   a thread holds V neighbouring ones: one 16-byte store per channel where the format is contiguous.
+// The order of every sum depends on k alone: no atomics, and a sample does not depend on its batch.
+#include "masked_conv/conv_tile.cuh"
 
 namespace gmk {
 namespace {
 
-constexpr int kTile = 64, kDepth = 16, kThreads = 256, kPerThread = kTile * kDepth / kThreads;
-
-struct Strides {  // elements, of [b, c, h, w] in either format
-  int64_t b, c, y, x;
-};
-GMK_DEV Strides strides(bool nhwc, int64_t c, int64_t h, int64_t w) {
-  return nhwc ? Strides{c * h * w, 1, w * c, c} : Strides{c * h * w, h * w, w, 1};
-}
-
-struct Pixel {
-  int64_t image;  // -1: none
-  int64_t y, x;
-};
-GMK_DEV Pixel pixel_of(int64_t index, int64_t end, int64_t h, int64_t w) {
-  return index < end ? Pixel{index / (h * w), index / w % h, index % w} : Pixel{-1, 0, 0};
-}
-
+constexpr int kRowBytes = 64, kPanelBytes = kWarpColumns * kRowBytes;  // a panel: 64 channels x one chunk
 template <class T>
-GMK_DEV T seen(const T* x, const Strides& s, const Pixel& p, int64_t channel, int64_t dy, int64_t dx, int64_t h,
-               int64_t w) {
-  const int64_t y = p.y + dy, x0 = p.x + dx;
-  const bool inside = p.image >= 0 && y >= 0 && y < h && x0 >= 0 && x0 < w;
-  return inside ? x[p.image * s.b + channel * s.c + y * s.y + x0 * s.x] : T(0);
+constexpr int kPlanes = kIsFloat<T> ? 2 : 1;
+template <class T>
+constexpr int kStages = kIsFloat<T> ? 2 : 3;
+
+#ifdef GMK_SIMT
+constexpr int kBusy = 0;  // so that small cases see all kernels
+#else
+constexpr int kBusy = 132;  // blocks: a multiprocessor of an H200 each
+#endif
+
+struct Sizes {
+  int64_t pixels, depth, chunks, panels;  // depth: all k
+};
+template <class T>
+GMK_HD Sizes sizes_of(const MaskedConv& a) {
+  const int group = kChunk<T>;
+  const int64_t gated = a.c_out / 2, columns = a.gate == kPlain ? a.c_out : (gated + group - 1) / group * group * 2;
+  Sizes s;
+  s.pixels = a.b * a.h * a.w;
+  s.depth = a.taps.count * a.c_in;
+  s.chunks = (s.depth + kChunk<T> - 1) / kChunk<T>;
+  s.panels = (columns + kWarpColumns - 1) / kWarpColumns;
+  return s;
+}
+// First of the V output channels that thread t holds in a group of columns; with a gate group 2 i is tanh, 2 i + 1 sigmoid.
+template <class T>
+GMK_HD int64_t first_channel(bool gate, int64_t group, int t) {
+  return (gate ? group / 2 : group) * (4 * kVector<T>)+t * kVector<T>;
 }
 
-// acc[i][j] += sum over k of a[k][row i of this thread] * b[k][column j of this thread]. A thread's columns are 2 tx, 2 tx + 1
-// and the same in the second half of the tile: where that holds sigmoid channels, gate partners meet in one thread.
-GMK_DEV int tile_row(int i) { return int(threadIdx.x) / 16 * 4 + i; }
-GMK_DEV int tile_column(int j) { return j / 2 * (kTile / 2) + int(threadIdx.x) % 16 * 2 + j % 2; }
+// workspace [panel][chunk][plane][column][k]
 template <class T>
-GMK_DEV void multiply(const T (&a)[kDepth][kTile + 1], const T (&b)[kDepth][kTile], T (&acc)[4][4]) {
-#pragma unroll
-  for (int k = 0; k < kDepth; ++k) {
-    T u[4], v[4];
-    for (int i = 0; i < 4; ++i) u[i] = a[k][tile_row(i)];
-    for (int j = 0; j < 4; ++j) v[j] = b[k][tile_column(j)];
-    for (int i = 0; i < 4; ++i)
-      for (int j = 0; j < 4; ++j) acc[i][j] += u[i] * v[j];
+__global__ void __launch_bounds__(256) masked_conv2d_pack_kernel(MaskedConv a) {
+  constexpr int V = kVector<T>, chunk = kChunk<T>;
+  const Sizes s = sizes_of<T>(a);
+  const T* const weight = static_cast<const T*>(a.weight);
+  const int64_t all = s.panels * s.chunks * (kWarpColumns * chunk), limit = a.gate == kPlain ? a.c_out : a.c_out / 2;
+  for (int64_t e = blockIdx.x * int64_t(256) + threadIdx.x; e < all; e += int64_t(gridDim.x) * 256) {
+    const int64_t tile = e / (kWarpColumns * chunk), panel = tile / s.chunks;
+    const int inside = int(e % (kWarpColumns * chunk)), column = inside / chunk;
+    const int64_t k = tile % s.chunks * chunk + inside % chunk;
+    // columns of a group: 8 (v / 2) + 2 t + v % 2
+    const int64_t group = panel * (kWarpColumns / (4 * V)) + column / (4 * V);
+    const int in_group = column % (4 * V), t = in_group % 8 / 2, v = in_group / 8 * 2 + in_group % 2;
+    int64_t channel = first_channel<T>(a.gate != kPlain, group, t) + v;
+    const bool used = k < s.depth && channel < limit;
+    if (a.gate != kPlain && group % 2) channel += limit;
+    T value{};
+    if (used) value = weight[channel * a.weight_out + k % a.c_in * a.weight_in + a.taps.index[k / a.c_in]];
+    T* const to = static_cast<T*>(a.workspace) + tile * (kPlanes<T> * kWarpColumns * chunk) + inside;
+    if constexpr (kIsFloat<T>) {
+      const Split both = split(float_bits(value));
+      to[0] = bits_float(both.hi);
+      to[kWarpColumns * chunk] = bits_float(both.lo);
+    } else {
+      to[0] = value;
+    }
   }
 }
 
-// Output channel of a tile's column, or -1. With a gate a tile is kTile / 2 tanh channels and their sigmoid partners.
-GMK_DEV int64_t channel_of(const MaskedConv& a, int64_t tile, int column) {
-  if (a.gate == kPlain) return tile * kTile + column < a.c_out ? tile * kTile + column : -1;
-  const int64_t gated = a.c_out / 2, channel = tile * (kTile / 2) + column % (kTile / 2);
-  return channel >= gated ? -1 : column < kTile / 2 ? channel : gated + channel;
+// A block: `down` x `across` warps of 8 V pixels x 64 columns.
+template <class T, int down, int across>
+struct Tile {
+  static constexpr int kThreads = 32 * down * across, kPixels = 8 * kVector<T> * down;
+  static constexpr int kImageBytes = kPixels * kRowBytes, kWeightBytes = across * kPlanes<T> * kPanelBytes;
+  static constexpr int kStageBytes = kImageBytes + kWeightBytes, kBytes = kStages<T> * kStageBytes;
+  static constexpr int kPieces = kPixels * 4 / kThreads;  // per thread and chunk
+  static_assert(kPixels * 4 % kThreads == 0, "every thread has as many");
+};
+
+// Where pixel V g + j of a warp's rows is: row 8 j + g, slots xor-ed with j.
+template <class T>
+GMK_DEV int slot_of(int pixel, int piece) {
+  constexpr int V = kVector<T>;
+  const int in_warp = pixel % (8 * V), g = in_warp / V, j = in_warp % V;
+  return pixel / (8 * V) * (8 * V * kRowBytes) + j * 512 + g / 2 * 128 + ((((g & 1) << 2) | piece) ^ j) * 16;
+}
+GMK_DEV int own_slot(int j, int piece) {
+  const int g = lane_g();
+  return j * 512 + g / 2 * 128 + ((((g & 1) << 2) | piece) ^ j) * 16;
 }
 
+// acc += image rows * weight columns, one chunk.
 template <class T>
-__global__ void __launch_bounds__(kThreads) masked_conv2d_kernel(MaskedConv a) {
-  GMK_SHARED(xs, T[kDepth][kTile + 1]);
-  GMK_SHARED(ws, T[kDepth][kTile]);
-  GMK_SHARED(pixel, Pixel[kTile]);
-  const T* const x = static_cast<const T*>(a.x);
-  const T* const weight = static_cast<const T*>(a.weight);
+GMK_DEV void multiply_plain(Accumulators<T>& acc, const unsigned char* image, const unsigned char* weight) {
+  constexpr int V = kVector<T>, K = V < 4 ? V : 4;  // k at a time: all 8 of the halves would spill
+#pragma unroll 1
+  for (int part = 0; part < 4 * V / K; ++part) {
+    const int piece = part / (V / K), rest = part % (V / K) * int(K * sizeof(T));
+    Pack<T, K> rows[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      rows[j] = load_pack<T, K>(reinterpret_cast<const T*>(image + own_slot(j, piece) + rest));
+#pragma unroll
+    for (int n = 0; n < 16; ++n) {
+      const unsigned char* const at = weight + (n / 2 * 8 + 2 * lane_t() + n % 2) * kRowBytes + piece * 16 + rest;
+      const Pack<T, K> column = load_pack<T, K>(reinterpret_cast<const T*>(at));
+      Sum<T> w[K];
+#pragma unroll
+      for (int k = 0; k < K; ++k) w[k] = to_sum(column.v[k]);
+      if constexpr (kIsFloat<T>) {
+        const Pack<T, K> low = load_pack<T, K>(reinterpret_cast<const T*>(at + kPanelBytes));
+#pragma unroll
+        for (int k = 0; k < K; ++k) w[k] += low.v[k];  // exact
+      }
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+#pragma unroll
+        for (int j = 0; j < V; ++j) acc[j / 2][n / 2][2 * (j % 2) + n % 2] += to_sum(rows[j].v[k]) * w[k];
+    }
+  }
+}
+
+using Words = Pack<uint32_t, 4>;
+GMK_DEV Words words(const unsigned char* p) { return load_pack<uint32_t, 4>(reinterpret_cast<const uint32_t*>(p)); }
+
+// zero: 0, but not to the compiler's knowledge
+template <class T>
+GMK_DEV void multiply_mma(Accumulators<T>& acc, const unsigned char* image, const unsigned char* weight,
+                          uint32_t zero) {
+  constexpr int V = kVector<T>, M = V / 2;
+  const unsigned char* const own = weight + lane_g() * kRowBytes + lane_t() * 16;
+  if constexpr (kIsFloat<T>) {
+    uint32_t hi[2][M][4], lo[2][M][4], finite[2][M][4];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const Words x = words(image + own_slot(j, lane_t()));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Split both = split(x.v[i]);
+        const int step = i / 2, m = j / 2, r = j % 2 + 2 * (i % 2);
+        hi[step][m][r] = both.hi;
+        lo[step][m][r] = both.lo;
+        finite[step][m][r] = both.finite;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 8; n += 2) {
+      Words high[2], low[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        high[e] = words(own + (n + e) * 8 * kRowBytes);
+        low[e] = words(own + (n + e) * 8 * kRowBytes + kPanelBytes);
+      }
+      float sum[2][M][4] = {};  // four chains, so that the tensor cores need not wait for one
+#pragma unroll
+      for (int step = 0; step < 2; ++step)
+#pragma unroll
+        for (int part = 0; part < 3; ++part)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const Words& from = part == 1 ? low[e] : high[e];
+            const uint32_t w[2] = {from.v[2 * step], from.v[2 * step + 1]};
+#pragma unroll
+            for (int m = 0; m < M; ++m)
+              mma_tf32(sum[e][m], part == 0 ? lo[step][m] : part == 1 ? finite[step][m] : hi[step][m], w, sum[e][m]);
+          }
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[m][n + e][i] += sum[e][m][i];
+    }
+  } else {
+    Words rows[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) rows[j] = words(image + own_slot(j, lane_t()));
+    // An mma takes its four words from four registers in a row, which come from two loads. Left alone, ptxas moves all four
+    // before each of 8 mma that use them; an `or` it cannot see through is done once.
+    uint32_t x[2][M][4];
+#pragma unroll
+    for (int step = 0; step < 2; ++step)
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[step][m][i] = rows[2 * m + i % 2].v[2 * step + i / 2] | zero;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const Words column = words(own + n * 8 * kRowBytes);
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        const uint32_t w[2] = {column.v[2 * step], column.v[2 * step + 1]};
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          Mma<T>::add(acc[m][n], x[step][m], w);
+        }
+      }
+    }
+  }
+}
+
+// What leaves the kernel: kLines pixels x 2 groups of V channels per thread at a time, through the thread's own column of shared
+// memory, so that the code that follows is a short loop and not 128 copies of tanh.
+template <class T>
+constexpr int kLines = kVector<T> < 4 ? kVector<T> : 4;
+
+struct Target {  // a tensor of `channels`, a thread's first pixel
+  int64_t channels, area, pixels, pixel;
+  bool whole;  // neighbouring elements may be moved together
+
+  GMK_HD_MEMBER int64_t at(bool nhwc, int64_t p, int64_t channel) const {
+    return nhwc ? p * channels + channel : p + (p / area * (channels - 1) + channel) * area;
+  }
+};
+// N elements along channels (nhwc) or pixels
+template <class T, int N, bool nhwc>
+GMK_DEV void store(T* out, const Target& o, int64_t pixel, int64_t channel, int64_t end, const Sum<T> (&z)[N]) {
+  Pack<T, N> line;
+#pragma unroll
+  for (int e = 0; e < N; ++e) line.v[e] = FromSum<T>::of(z[e]);
+  if (o.whole) {
+    if (channel < end && pixel < o.pixels) store_pack(out + o.at(nhwc, pixel, channel), line);
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < N; ++e) {
+    const int64_t p = nhwc ? pixel : pixel + e, c = nhwc ? channel + e : channel;
+    if (c < end && p < o.pixels) out[o.at(nhwc, p, c)] = line.v[e];
+  }
+}
+
+template <class T, bool nhwc>
+GMK_DEV void finish(const MaskedConv& a, const Sum<T>* staged, int threads, int64_t pixels, int64_t first_pixel,
+                    int64_t group) {
+  constexpr int V = kVector<T>, N = nhwc ? V : kLines<T>;
+  const int64_t gated = a.c_out / 2, area = a.h * a.w;
+  const bool plain = a.gate == kPlain;
+  const int64_t first = first_channel<T>(!plain, group, lane_t());
+  const int64_t second = plain ? first_channel<T>(false, group + 1, lane_t()) : gated + first;
+  const int64_t end = plain ? a.c_out : gated;
   const T* const bias = static_cast<const T*>(a.bias);
   const T* const grad = static_cast<const T*>(a.grad);
-  T* const out = static_cast<T*>(a.out);
-  const int64_t pixels = a.b * a.h * a.w, gated = a.c_out / 2, tile = blockIdx.y;
-  const Strides sx = strides(a.x_nhwc, a.c_in, a.h, a.w);
-  const Strides so = strides(a.out_nhwc, a.gate == kGate ? gated : a.c_out, a.h, a.w);
-  const Strides sg = strides(a.grad_nhwc, gated, a.h, a.w);
-  const int tid = int(threadIdx.x);
-  for (int64_t first = int64_t(blockIdx.x) * kTile; first < pixels; first += int64_t(gridDim.x) * kTile) {
-    __syncthreads();
-    if (tid < kTile) pixel[tid] = pixel_of(first + tid, pixels, a.h, a.w);
-    T acc[4][4];
-    for (int j = 0; j < 4; ++j) {
-      const int64_t channel = channel_of(a, tile, tile_column(j));
-      const T start = bias && channel >= 0 ? bias[channel] : T(0);
-      for (int i = 0; i < 4; ++i) acc[i][j] = start;
-    }
-    for (int t = 0; t < a.taps.count; ++t) {
-      const int64_t dy = tap_dy(a.taps, t), dx = tap_dx(a.taps, t);
-      for (int64_t c0 = 0; c0 < a.c_in; c0 += kDepth) {
-        __syncthreads();
-        for (int i = 0; i < kPerThread; ++i) {
-          const int e = tid + i * kThreads;  // neighbouring threads read neighbouring addresses of x
-          const int k = a.x_nhwc ? e % kDepth : e / kTile, p = a.x_nhwc ? e / kDepth : e % kTile;
-          xs[k][p] = c0 + k < a.c_in ? seen(x, sx, pixel[p], c0 + k, dy, dx, a.h, a.w) : T(0);
-          const int64_t row = c0 + e / kTile, channel = channel_of(a, tile, e % kTile);
-          const bool used = row < a.c_in && channel >= 0;
-          ws[e / kTile][e % kTile] = used ? weight[channel * a.weight_out + row * a.weight_in + a.taps.index[t]] : T(0);
-        }
-        __syncthreads();
-        multiply(xs, ws, acc);
-      }
-    }
-    __syncthreads();  // without taps nothing else orders the writes of `pixel` before these reads
-#pragma unroll        // here and below: an index of acc known only at run time would put it into local memory
-    for (int i = 0; i < 4; ++i) {
-      const Pixel p = pixel[tile_row(i)];
-      if (p.image < 0) continue;
-      const int64_t at = p.image * so.b + p.y * so.y + p.x * so.x;
+  const bool even = nhwc ? (plain ? a.c_out : gated) % V == 0 : area % kLines<T> == 0;
+  const Target out{a.gate == kGate ? gated : a.c_out, area, pixels, first_pixel, even && aligned(a.out, sizeof(T) * N)};
+#pragma unroll 1
+  for (int line = 0; line < (nhwc ? kLines<T> : V); ++line) {
+    const int64_t pixel = nhwc ? first_pixel + line : first_pixel, step = nhwc ? 0 : line;
+    Sum<T> z[N], other[N];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int64_t channel = channel_of(a, tile, tile_column(j));
-        if (channel < 0) continue;
-        if (a.gate == kPlain) {
-          out[at + channel * so.c] = acc[i][j];
-        } else if (j < 2) {
-          const T tanh_z = tanh(acc[i][j]), sigmoid_z = T(1) / (T(1) + exp(-acc[i][j + 2]));
-          if (a.gate == kGate) {
-            out[at + channel * so.c] = tanh_z * sigmoid_z;
-          } else {
-            const T g = grad[p.image * sg.b + channel * sg.c + p.y * sg.y + p.x * sg.x];
-            out[at + channel * so.c] = g * sigmoid_z * ((T(1) - tanh_z) * (T(1) + tanh_z));
-            out[at + (gated + channel) * so.c] = g * tanh_z * (sigmoid_z * (T(1) - sigmoid_z));
-          }
+    for (int e = 0; e < N; ++e) {
+      const int j = nhwc ? line : e, v = nhwc ? e : line;
+      const int64_t c = first + v, d = second + v;
+      z[e] = staged[(j * (2 * V) + v) * threads] + (bias && c < end ? to_sum(bias[c]) : Sum<T>(0));
+      other[e] = staged[(j * (2 * V) + V + v) * threads] + (bias && d < a.c_out ? to_sum(bias[d]) : Sum<T>(0));
+      if (plain) continue;
+      const Sum<T> one(1), tanh_z = tanh(z[e]), sigmoid_z = one / (one + exp(-other[e]));
+      z[e] = tanh_z * sigmoid_z;
+      if (a.gate == kGate) continue;
+      const int64_t p = nhwc ? pixel : pixel + e;
+      Sum<T> g(0);
+      if (c < end && p < pixels)
+        g = to_sum(grad[Target{gated, area, pixels, first_pixel, false}.at(a.grad_nhwc, p, c)]);
+      z[e] = g * sigmoid_z * ((one - tanh_z) * (one + tanh_z));
+      other[e] = g * tanh_z * (sigmoid_z * (one - sigmoid_z));
+    }
+    store<T, N, nhwc>(static_cast<T*>(a.out), out, pixel, first + step, end, z);
+    if (a.gate != kGate) store<T, N, nhwc>(static_cast<T*>(a.out), out, pixel, second + step, a.c_out, other);
+  }
+}
+
+// whole: the image comes by cp.async. Two kernels, for the registers of both ways at once would spill.
+template <class T, int down, int across, bool whole>
+__global__ void __launch_bounds__(256, 1) masked_conv2d_kernel(MaskedConv a) {
+  using S = Tile<T, down, across>;
+  constexpr int V = kVector<T>, stages = kStages<T>;
+  GMK_DYN_SHARED(bytes);
+  Place* const places = reinterpret_cast<Place*>(bytes + S::kBytes);
+  Tap* const taps = reinterpret_cast<Tap*>(places + S::kPixels);
+  const Sizes s = sizes_of<T>(a);
+  const int tid = int(threadIdx.x), warp = tid / 32, warp_row = warp % down, warp_panel = warp / down;
+  const int64_t tiles = (s.panels + across - 1) / across, first_panel = blockIdx.x % tiles * across;
+  const int64_t first_pixel = blockIdx.x / tiles * S::kPixels;
+  const Image<T> image = image_of<T>(a.x, a.x_nhwc, a.c_in, a.h, a.w);
+  make_taps(taps, a.taps, image, S::kThreads);
+
+  for (int i = tid; i < S::kPixels; i += S::kThreads) places[i] = place_of(image, first_pixel + i, s.pixels);
+  __syncthreads();
+
+  // Pieces of a thread: neighbouring threads along k where memory is contiguous in that, else along pixels.
+  constexpr int weight_size = kPlanes<T> * kPanelBytes;
+  const unsigned char* packed[across];  // of the chunk to be fetched next
+#pragma unroll
+  for (int i = 0; i < across; ++i) {  // past the last panel: any, for nobody stores what it makes
+    const int64_t panel = first_panel + i < s.panels ? first_panel + i : first_panel;
+    packed[i] = static_cast<const unsigned char*>(a.workspace) + panel * s.chunks * weight_size + tid * 16;
+  }
+  Column next = column_of((whole || image.nhwc ? tid % 4 : tid / S::kPixels) * V, image.channels, a.taps.count);
+  const auto copy = [&](unsigned char* stage) {  // asynchronously: the weight, and the image where it is whole
+    if constexpr (whole) {
+#pragma unroll
+      for (int u = 0; u < S::kPieces; ++u) {
+        // in the order of shared memory: neighbours are free of conflicts
+        const int row = tid / 4 + u * (S::kThreads / 4),
+                  pixel = row / (8 * V) * (8 * V) + row % 8 * V + row % (8 * V) / 8;
+        copy_piece(stage + slot_of<T>(pixel, tid % 4), image, places[pixel], taps, a.taps.count, next);
+      }
+      advance(next, kChunk<T>, image.channels);
+    }
+#pragma unroll
+    for (int panel = 0; panel < across; ++panel) {
+#pragma unroll
+      for (int i = 0; i < weight_size; i += S::kThreads * 16)
+        cp_async16(stage + S::kImageBytes + panel * weight_size + i + tid * 16, packed[panel] + i);
+      packed[panel] += weight_size;
+    }
+  };
+  const auto collect = [&](unsigned char* stage) {  // the image where it is not
+    Column k = next;
+    int last_piece = image.nhwc ? tid % 4 : tid / S::kPixels;
+#pragma unroll
+    for (int u0 = 0; u0 < S::kPieces; u0 += 4) {
+      Pack<T, V> pieces[4];
+      int slots[4];
+#pragma unroll
+      for (int u = 0; u < 4 && u0 + u < S::kPieces; ++u) {
+        const int e = tid + (u0 + u) * S::kThreads, pixel = image.nhwc ? e / 4 : e % S::kPixels;
+        const int piece = image.nhwc ? tid % 4 : e / S::kPixels;
+        for (; last_piece < piece; ++last_piece) advance(k, V, image.channels);
+        pieces[u] = gather(image, places[pixel], taps, a.taps.count, k, false);
+        slots[u] = slot_of<T>(pixel, piece);
+      }
+#pragma unroll
+      for (int u = 0; u < 4 && u0 + u < S::kPieces; ++u) store_pack(reinterpret_cast<T*>(stage + slots[u]), pieces[u]);
+    }
+    advance(next, kChunk<T>, image.channels);
+  };
+
+  Accumulators<T> acc = {};
+  const int chunks = int(s.chunks);
+#pragma unroll 1
+  for (int chunk = 0; chunk < stages - 1; ++chunk) {
+    if (chunk < chunks) {
+      copy(bytes + chunk * S::kStageBytes);
+      if constexpr (!whole) collect(bytes + chunk * S::kStageBytes);
+    }
+    cp_async_commit();
+  }
+  unsigned char *stage = bytes, *coming = bytes + (stages - 1) * S::kStageBytes;
+#pragma unroll 1
+  for (int left = chunks; left > 0; --left) {
+    cp_async_wait<stages - 2>();
+    __syncthreads();  // what the other threads copied is there, and all have left the stage that comes next
+    if (left >= stages) copy(coming);
+    cp_async_commit();
+    const unsigned char* const rows = stage + warp_row * (8 * V * kRowBytes);
+    const unsigned char* const columns = stage + S::kImageBytes + warp_panel * weight_size;
+    if constexpr (kHasMma<T>) {
+      if (has_mma())
+        multiply_mma<T>(acc, rows, columns, uint32_t(a.w >> 40));
+      else
+        multiply_plain<T>(acc, rows, columns);
+    } else {
+      multiply_plain<T>(acc, rows, columns);
+    }
+    if constexpr (!whole)
+      if (left >= stages) collect(coming);
+    coming = stage;  // free after the next barrier
+    stage += S::kStageBytes;
+    if (stage == bytes + S::kBytes) stage = bytes;
+  }
+
+  constexpr int lines = kLines<T>, parts = V / lines, pairs = kWarpColumns / (8 * V);
+  static_assert(lines * 2 * V * S::kThreads * int(sizeof(Sum<T>)) <= S::kBytes,
+                "the results fit where the stages were");
+  Sum<T>* const staged = reinterpret_cast<Sum<T>*>(bytes) + tid;
+  __syncthreads();
+#pragma unroll 1
+  for (int round = 0; round < parts * pairs; ++round) {
+#pragma unroll
+    for (int i = 0; i < parts * pairs; ++i)
+      if (i == round) {  // so that every index of acc is a constant
+#pragma unroll
+        for (int e = 0; e < lines * 2 * V; ++e) {
+          const int j = i % parts * lines + e / (2 * V), n = i / parts * (2 * V) + e % (2 * V);
+          staged[e * S::kThreads] = acc[j / 2][n / 2][2 * (j % 2) + n % 2];
         }
       }
-    }
+    const int64_t pixel = first_pixel + warp_row * (8 * V) + lane_g() * V + round % parts * lines;
+    const int64_t group = (first_panel + warp_panel) * (kWarpColumns / (4 * V)) + round / parts * 2;
+    if (a.out_nhwc)
+      finish<T, true>(a, staged, S::kThreads, s.pixels, pixel, group);
+    else
+      finish<T, false>(a, staged, S::kThreads, s.pixels, pixel, group);
   }
 }
 
-// workspace[group][row][o] = sum over the group's pixels of x[pixel][row] * grad[pixel][o]; row = a live tap and an input
-// channel, and after the last one the bias, whose x is 1.
+template <class T, int down, int across, bool whole>
+Status convolve(const MaskedConv& a, const Sizes& s, void* stream) {
+  using S = Tile<T, down, across>;
+  const int64_t blocks = (s.pixels + S::kPixels - 1) / S::kPixels * ((s.panels + across - 1) / across);
+  if (blocks > 0x7fffffff || s.chunks > 0x7fffffff) return "more blocks or chunks than a kernel can have";
+  const size_t bytes = S::kBytes + S::kPixels * sizeof(Place) + size_t(a.taps.count) * sizeof(Tap);
+  return GMK_LAUNCH((masked_conv2d_kernel<T, down, across, whole>), dim3(unsigned(blocks)), S::kThreads, bytes, stream,
+                    a);
+}
 template <class T>
-__global__ void __launch_bounds__(kThreads) masked_conv2d_products_kernel(MaskedConvWeight a) {
-  GMK_SHARED(xs, T[kDepth][kTile + 1]);
-  GMK_SHARED(gs, T[kDepth][kTile]);
-  GMK_SHARED(pixel, Pixel[kDepth]);
-  const T* const x = static_cast<const T*>(a.x);
-  const T* const grad = static_cast<const T*>(a.grad);
-  const int64_t pixels = a.b * a.h * a.w, rows = a.taps.count * a.c_in, group = blockIdx.z;
-  const int64_t first = pixels * group / a.groups, last = pixels * (group + 1) / a.groups;
-  const int64_t row0 = int64_t(blockIdx.x) * kTile, column0 = int64_t(blockIdx.y) * kTile;
-  const Strides sx = strides(a.x_nhwc, a.c_in, a.h, a.w), sg = strides(a.grad_nhwc, a.c_out, a.h, a.w);
-  const int tid = int(threadIdx.x);
-  T acc[4][4] = {};
-  for (int64_t p0 = first; p0 < last; p0 += kDepth) {
-    __syncthreads();
-    if (tid < kDepth) pixel[tid] = pixel_of(p0 + tid, last, a.h, a.w);
-    __syncthreads();
-    for (int i = 0; i < kPerThread; ++i) {
-      const int e = tid + i * kThreads;
-      int k = a.x_nhwc ? e / kTile : e % kDepth, n = a.x_nhwc ? e % kTile : e / kDepth;
-      const int64_t row = row0 + n;
-      if (row < rows) {
-        const int t = int(row / a.c_in);
-        xs[k][n] = seen(x, sx, pixel[k], row % a.c_in, tap_dy(a.taps, t), tap_dx(a.taps, t), a.h, a.w);
-      } else {
-        xs[k][n] = row == rows ? T(1) : T(0);
-      }
-      k = a.grad_nhwc ? e / kTile : e % kDepth;
-      n = a.grad_nhwc ? e % kTile : e / kDepth;
-      gs[k][n] = column0 + n < a.c_out ? seen(grad, sg, pixel[k], column0 + n, 0, 0, a.h, a.w) : T(0);
-    }
-    __syncthreads();
-    multiply(xs, gs, acc);
+Status forward(const MaskedConv& a, void* stream) {
+  const Sizes s = sizes_of<T>(a);
+  const int64_t all = s.panels * s.chunks * (kWarpColumns * kChunk<T>);
+  if (all * kPlanes<T> > a.workspace_size) return "the workspace is too small";
+  if (all)
+    if (const Status status = GMK_LAUNCH((masked_conv2d_pack_kernel<T>), grid_for(all, 4 * 256), 256, 0, stream, a))
+      return status;
+  if constexpr (!kHasMma<T>) {
+    return convolve<T, 4, 1, false>(a, s, stream);
+  } else {
+    constexpr int down = kIsFloat<T> ? 4 : 2;
+    if (!image_of<T>(a.x, a.x_nhwc, a.c_in, a.h, a.w).whole) return convolve<T, down, 2, false>(a, s, stream);
+    // Two panels a block read the image half as often; one panel a block where blocks are few, or an odd panel is left.
+    const bool wide = s.panels % 2 == 0 && s.pixels / 128 * (s.panels / 2) >= kBusy;
+    return wide ? convolve<T, down, 2, true>(a, s, stream) : convolve<T, down, 1, true>(a, s, stream);
   }
-  T* const out = static_cast<T*>(a.workspace) + group * (rows + 1) * a.c_out;
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) {
-      const int64_t row = row0 + tile_row(i), column = column0 + tile_column(j);
-      if (row <= rows && column < a.c_out) out[row * a.c_out + column] = acc[i][j];
-    }
-}
-
-// weight[o][c][t] = the sum of its groups in order, 0 for dead taps; one thread per (o, c), and one per bias.
-template <class T>
-__global__ void __launch_bounds__(kThreads) masked_conv2d_sum_groups_kernel(MaskedConvWeight a) {
-  const T* const part = static_cast<const T*>(a.workspace);
-  const int64_t rows = a.taps.count * a.c_in, kernel = int64_t(a.taps.kh) * a.taps.kw, pairs = a.c_out * a.c_in;
-  const int64_t stride = int64_t(gridDim.x) * kThreads;
-  for (int64_t job = int64_t(blockIdx.x) * kThreads + threadIdx.x; job < pairs + a.c_out; job += stride) {
-    const bool bias = job >= pairs;
-    const int64_t o = bias ? job - pairs : job / a.c_in, c = bias ? 0 : job % a.c_in;
-    T* const weight = static_cast<T*>(a.weight) + job * kernel;
-    if (!bias)
-      for (int64_t t = 0; t < kernel; ++t) weight[t] = T(0);
-    if (bias && !a.bias) continue;
-    for (int t = 0; t < (bias ? 1 : a.taps.count); ++t) {
-      const int64_t row = bias ? rows : t * a.c_in + c;
-      T sum = T(0);
-      for (int64_t g = 0; g < a.groups; ++g) sum += part[(g * (rows + 1) + row) * a.c_out + o];
-      if (bias) {
-        static_cast<T*>(a.bias)[o] = sum;
-      } else {
-        weight[a.taps.index[t]] = sum;
-      }
-    }
-  }
-}
-
-template <class T>
-Status convolve(const MaskedConv& a, void* stream) {
-  const dim3 grid(grid_for(a.b * a.h * a.w, kTile), unsigned((a.c_out + kTile - 1) / kTile));
-  return GMK_LAUNCH((masked_conv2d_kernel<T>), grid, kThreads, 0, stream, a);
-}
-template <class T>
-Status gradient(const MaskedConvWeight& a, void* stream) {
-  const int64_t rows = a.taps.count * a.c_in + 1;
-  const dim3 grid(unsigned((rows + kTile - 1) / kTile), unsigned((a.c_out + kTile - 1) / kTile), unsigned(a.groups));
-  if (const Status status = GMK_LAUNCH((masked_conv2d_products_kernel<T>), grid, kThreads, 0, stream, a)) return status;
-  return GMK_LAUNCH((masked_conv2d_sum_groups_kernel<T>), grid_for(a.c_out * (a.c_in + 1), kThreads), kThreads, 0,
-                    stream, a);
 }
 
 }  // namespace
 
 Status masked_conv2d_cuda(const MaskedConv& a, int device, void* stream) {
   if (a.b <= 0 || a.h <= 0 || a.w <= 0 || a.c_out <= 0) return kOk;
+  if (!fits(a.h, a.w, a.c_in, a.c_out)) return kTooLarge;
   const DeviceGuard guard(device);
-  return a.dtype == kFloat32   ? convolve<float>(a, stream)
-         : a.dtype == kFloat64 ? convolve<double>(a, stream)
-                               : "unknown dtype";
-}
-
-Status masked_conv2d_backward_weight_cuda(const MaskedConvWeight& a, int device, void* stream) {
-  if (a.c_out <= 0) return kOk;
-  const DeviceGuard guard(device);
-  return a.dtype == kFloat32   ? gradient<float>(a, stream)
-         : a.dtype == kFloat64 ? gradient<double>(a, stream)
-                               : "unknown dtype";
+  switch (a.dtype) {
+    case kFloat32:
+      return forward<float>(a, stream);
+    case kFloat64:
+      return forward<double>(a, stream);
+    case kBFloat16:
+      return forward<bf16>(a, stream);
+    case kFloat16:
+      return forward<f16>(a, stream);
+  }
+  return "unknown dtype";
 }
 
 }  // namespace gmk

@@ -29,6 +29,7 @@ GMK_HD int64_t tap_dx(const Taps& t, int i) { return int64_t(t.sign) * (t.index[
 // Tensors are [b, c, h, w]; nhwc says that one is stored as [b, h, w, c].
 struct MaskedConv {
   void* out;
+  void* workspace;     // CUDA: weight in the order of its tiles (ops/masked_conv.py says how large); else nullptr
   const void* x;       // c_in channels
   const void* weight;  // element (o, i, t) at o * weight_out + i * weight_in + t
   const void* bias;    // [c_out], or nullptr
@@ -37,14 +38,15 @@ struct MaskedConv {
   int64_t weight_out, weight_in;
   bool x_nhwc, out_nhwc, grad_nhwc;
   int gate;   // ConvGate
-  int dtype;  // kFloat32 or kFloat64, of every tensor
+  int dtype;  // of every tensor: kFloat32 or kFloat64; CUDA: kBFloat16 and kFloat16 too
+  int64_t workspace_size;
   Taps taps;
 };
 
 struct MaskedConvWeight {
   void* weight;      // out: [c_out, c_in, kh, kw]
   void* bias;        // out: [c_out], or nullptr
-  void* workspace;   // CUDA: [groups, taps.count * c_in + 1, c_out]; the CPU allocates its own
+  void* workspace;   // CUDA: [groups, taps.count * c_in + 1, c_out], float64 or float32; the CPU allocates its own
   const void* grad;  // c_out channels
   const void* x;     // c_in channels
   int64_t b, c_in, c_out, h, w;

@@ -37,9 +37,7 @@ WHEELS = ("nvidia-cuda-cuobjdump==13.4.92", "nvidia-cuda-nvdisasm==13.5.37")
 ARCHS = ("75", "80", "90", "100", "120")
 
 # Kernels that may have local memory, and why. A pattern of the name as budget.json writes it.
-LOCAL = {
-    r"masked_conv2d_kernel<double>": "float64 is a plain path, not tuned: 56 bytes are spilled on sm_90",
-}
+LOCAL = {}
 
 # Instructions as the disassembly writes them, from their beginning.
 LOAD_128 = r"LDG\.E\.(\w+\.)*128"
@@ -67,6 +65,12 @@ ASKED = (
     Asked(r"gmm_matrix_statistics_kernel<\d+>", {MMA_TF32: 30, COPY_128: 1, LOAD_128: 1}, since=80),
     Asked(r"gmm_diagonal_(log_prob|statistics)_kernel", {LOAD_128: 1, r"LDS\.(U\.)?128": 8}),
     Asked(r"gmm_diagonal_grad_x_kernel", {LOAD_128: 1, STORE_128: 1, r"LDS\.(U\.)?128": 8}),
+    # a chunk: two steps of V / 2 x 8 tiles, three products each in float32; image and weight by cp.async
+    Asked(r"masked_conv2d_(kernel|products_kernel)<float, \d, \d, (true|false)>", {MMA_TF32: 96}, since=80),
+    Asked(r"masked_conv2d_(kernel|products_kernel)<bf16, \d, \d, (true|false)>", {MMA_BF16: 64}, since=80),
+    Asked(r"masked_conv2d_(kernel|products_kernel)<f16, \d, \d, (true|false)>", {MMA_F16: 64}, since=80),
+    Asked(r"masked_conv2d_(kernel|products_kernel)<.*, true>", {COPY_128: 4}, since=80),
+    Asked(r"masked_conv2d_kernel<.*>", {STORE_128: 1}),
 )
 
 

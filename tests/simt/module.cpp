@@ -27,6 +27,7 @@ PYBIND11_MODULE(_simt, m) {
     machine.options = {Schedule(schedule), seed, check, std::move(blocks)};
     machine.first_launch = machine.launch + 1;
   });
+  m.def("has_mma", [](bool on) { set_has_mma(on); });
   m.def("reset", [] {
     free_all();
     machine.reports.clear();

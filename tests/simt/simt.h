@@ -86,6 +86,8 @@ void async_wait(int groups_left);
 // m16n8k16).
 enum MmaKind : int { kMmaBf16, kMmaF16, kMmaTf32 };
 void mma(MmaKind kind, float* d, const uint32_t* a, const uint32_t* b, const float* c);
+bool has_mma();  // false: kernels take their path for a GPU without it
+void set_has_mma(bool);
 
 }  // namespace gmk_simt
 

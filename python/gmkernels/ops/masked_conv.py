@@ -20,7 +20,7 @@ from .._call import (
     is_compiling,
 )
 
-_forward = Kernel("masked_conv2d")
+_forward = Kernel("masked_conv2d", scratch=1)
 _weight = Kernel("masked_conv2d_backward_weight", scratch=1)
 _PLAIN, _GATE, _GATE_GRADIENT = 0, 1, 2  # csrc/masked_conv/masked_conv.h
 _MAX_TAPS = 512
@@ -79,6 +79,17 @@ def _reaching(taps, kh, kw, dilation, h, w):
     return [t for t in taps if abs(t // kw - kh // 2) * dilation[0] < h and abs(t % kw - kw // 2) * dilation[1] < w]
 
 
+def _on_cuda(t):
+    return t.is_cuda or Kernel.backend is not None
+
+
+def _packed_size(c_in, c_out, taps, gate, dtype):
+    """Elements of the packed weight (csrc/masked_conv/masked_conv.cu): [64 channels][64 bytes of k], float32 twice."""
+    group = 64 // dtype.itemsize
+    columns = c_out if gate == _PLAIN else -(-(c_out // 2) // group) * group * 2
+    return -(-columns // 64) * 64 * -(-len(taps) * c_in // group) * group * (2 if dtype is torch.float32 else 1)
+
+
 def _convolve(out, x, weight, bias, grad, taps, dilation, gate, transposed=False):
     x, weight, grad = _dense(x), weight.contiguous(), _dense(grad)
     bias = None if bias is None else bias.contiguous()
@@ -86,8 +97,10 @@ def _convolve(out, x, weight, bias, grad, taps, dilation, gate, transposed=False
     b, c_in, h, w = x.shape
     taps = _reaching(taps, *weight.shape[2:], dilation, h, w)
     nhwc = [_nhwc(out), _nhwc(x), grad is not None and _nhwc(grad)]
-    _forward((out,), (x, weight, bias, grad), [b, c_in, c_out, h, w], taps, [*weight.shape[2:], *dilation],
-             transposed, nhwc, gate, DTYPE_CODE[x.dtype])
+    size = _packed_size(c_in, c_out, taps, gate, x.dtype) if _on_cuda(x) else 0
+    workspace = x.new_empty(size) if size else None
+    _forward((out, workspace), (x, weight, bias, grad), [b, c_in, c_out, h, w], taps, [*weight.shape[2:], *dilation],
+             transposed, nhwc, gate, DTYPE_CODE[x.dtype], size)
 
 
 def _outputs(x, weight, bias, taps, dilation, gated, out=None):
@@ -126,6 +139,7 @@ _op = Op(
     launch=_launch,
     reference=_ref.masked_conv2d,
     kernel=_forward,
+    cuda_dtypes=HALVES,
     setup=_setup,
     backward=_backward,
 )
@@ -152,6 +166,7 @@ _input_op = Op(
         out, grad, weight, None, None, taps, dilation, _PLAIN, transposed=True),
     reference=_ref.masked_conv2d_backward_input,
     kernel=_forward,
+    cuda_dtypes=HALVES,
     setup=_input_setup,
     backward=_input_backward,
 )
@@ -168,9 +183,9 @@ def _weight_launch(outs, grad, x, kh, kw, taps, dilation):
     taps = _reaching(taps, kh, kw, dilation, h, w)
     c_out, rows = grad.shape[1], len(taps) * c_in + 1
     workspace, groups = None, 1
-    if x.is_cuda or Kernel.backend is not None:  # parts of the sum over pixels, together no larger than x and grad
+    if _on_cuda(x):  # parts of the sum over pixels, together no larger than x and grad
         groups = max(1, min(64, -(-b * h * w // 512), (x.numel() + grad.numel()) // max(1, rows * c_out)))
-        workspace = x.new_empty((groups, rows, c_out))
+        workspace = x.new_empty((groups, rows, c_out), dtype=torch.float32 if x.dtype in HALVES else None)
     _weight((*outs, workspace), (grad, x), [b, c_in, c_out, h, w], taps, [kh, kw, *dilation], groups,
             [_nhwc(grad), _nhwc(x)], DTYPE_CODE[x.dtype])
 
@@ -194,6 +209,7 @@ _weight_op = Op(
     launch=_weight_launch,
     reference=_ref.masked_conv2d_backward_weight,
     kernel=_weight,
+    cuda_dtypes=HALVES,
     setup=_weight_setup,
     backward=_weight_backward,
 )
@@ -223,6 +239,7 @@ _gate_op = Op(
         out, x, weight, bias, grad, taps, dilation, _GATE_GRADIENT),
     reference=_ref.masked_conv2d_gate_backward,
     kernel=_forward,
+    cuda_dtypes=HALVES,
     setup=_gate_setup,
     backward=_gate_backward,
 )
@@ -290,9 +307,9 @@ def masked_conv2d(x, weight, bias=None, mask_type="B", *, gate=None, dilation=1,
 
     Returns ``[b, c_out, h, w]``, or ``[b, c_out / 2, h, w]`` with a gate.
 
-    float32 and float64 have kernels. A 1x1 convolution without a gate, and bfloat16 and float16, are torch's own
-    convolution of the live taps. Under autocast the op computes in the dtype of its inputs. The backward pass keeps x,
-    weight and bias only; with a gate it computes z again.
+    float32 and float64 have kernels, on CUDA bfloat16 and float16 too (float32 sums). A 1x1 convolution without a gate,
+    and bfloat16 and float16 on the CPU, are torch's own convolution of the live taps. Under autocast the op computes in
+    the dtype of its inputs. The backward pass keeps x, weight and bias only; with a gate it computes z again.
 
     A NaN or infinite pixel reaches exactly the outputs that see it. Errors: ``ValueError`` for shapes, even kernels, an
     odd number of gated channels; ``TypeError`` for dtypes.
@@ -322,7 +339,7 @@ def masked_conv2d(x, weight, bias=None, mask_type="B", *, gate=None, dilation=1,
         dilation = [check_int("dilation", dilation, 1, 2**31)] * 2
     gated = gate is not None
     taps = _ref.raster_taps(*weight.shape[2:], mask_type) if weight.dim() == 4 else []
-    half, pointwise = x.dtype in HALVES, weight.shape[2:] == (1, 1) and not gated
+    half, pointwise = x.dtype in HALVES and not _on_cuda(x), weight.shape[2:] == (1, 1) and not gated
     if (half or pointwise) and taps and x.numel() and weight.numel():
         _check(x, weight, bias, taps, gated)
         with _no_autocast(x):
