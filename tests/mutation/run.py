@@ -81,8 +81,8 @@ class _File:
         self.lines = self.text.split("\n")
         self.plain = Builder(FOLDER / "plain")
         self.plain.plant(None, None)
-        self.objects = self.plain.objects(path)
         self.families = families_of(path, self.plain)
+        self.objects = [o for family in sorted(self.families) for o in self.of(family)]
         self.present = Present(path, self.plain, self.families)
 
     def run(self, some, again):
@@ -92,7 +92,7 @@ class _File:
         if all(row and row["verdict"] != "survived" for row in rows):
             return rows
         self.original = self.plain.compile(self.objects)
-        self.tests = Tests(files_of(self.families, self.path), self.plain.link(self.original))
+        self.tests = Tests(files_of(self.families), self.plain.link(self.original))
         # a survivor stays one until there are new tests
         rows = [None if row and row["verdict"] == "survived" and self.present.unseen(row, self.shown(m)) else row
                 for row, m in zip(rows, some, strict=True)]
@@ -131,31 +131,35 @@ class _File:
         hint = (before or {}).get("test") or self.hints.get(m.name)
         hint = hint if hint in self.tests.number else None
         shown = self.shown(m)
+        if before and before["verdict"] == "survived" and not again and self.present.holds(before):
+            shown = self.present.unseen(before, shown)
         builder.plant(self.path, m.apply(self.text))
+        made, families = {}, sorted(self.families, key=self.size)
+        if hint:
+            families.sort(key=lambda f: f != family_of(hint, self.families))
         try:
-            family = family_of(hint, self.families) if hint else min(self.families, key=self.size)
-            made = builder.compile(self.of(family))
-            if hint or len(self.families) > 1:  # quick: one family, or one test
+            for family in families:  # one after the other: most mutants are killed before all is compiled
+                made.update(builder.compile(self.of(family)))
                 library, changed = self.link(builder, made)
-                names = [hint] if hint else [t for t in self.reach(shown, changed)
-                                             if family_of(t, self.families) == family]
-                if library and names:
-                    verdict, test = self.tests.run(library, names=names, function=m.function)
+                changed = set(changed) & set(self.of(family))
+                if changed and hint and family == families[0]:
+                    verdict, test = self.tests.run(library, SCHEDULES[0], [hint], m.function)
                     if test:
                         return {"verdict": verdict, "test": test}
-            made.update(builder.compile([o for o in self.objects if o not in made]))
-            library, changed = self.link(builder, made)
+                if changed:
+                    names = self.reach(shown, changed)
+                    verdict, test = self.tests.run(library, SCHEDULES[0], names, m.function)
+                    if test:
+                        return {"verdict": verdict, "test": test}
         except Compiled:
             return {"verdict": "invalid"}
         if library is None:
             return {"verdict": "same code"}
-        names = shown
-        if before and before["verdict"] == "survived" and not again and self.present.holds(before):
-            names = self.present.unseen(before, names)
-        names = self.reach(names, changed)
-        verdict, test = self.tests.run(library, SCHEDULES[0], names, m.function)
-        if test:
-            return {"verdict": verdict, "test": test}
+        names = self.reach(shown, [o for o in made if made[o] != self.original[o]])
+        if len(families) > 1:  # an inline function may have been that of another family's object
+            verdict, test = self.tests.run(library, SCHEDULES[0], names, m.function)
+            if test:
+                return {"verdict": verdict, "test": test}
         names = self.tests.best(names, m.function)[:OTHERS]
         for schedule in OTHER_SCHEDULES:
             verdict, test = self.tests.run(library, schedule, names, m.function)
@@ -176,7 +180,7 @@ class _File:
         return [t for t in names if t not in called or objects[t] & set(changed)]
 
     def of(self, family):
-        return [o for o in self.objects if self.plain.commands[0][o][0].split("/")[-2] == family]
+        return [o for o in self.plain.objects(self.path) if self.plain.commands[0][o][0].split("/")[-2] == family]
 
     def size(self, family):
         return sum(len(self.original[o]) for o in self.of(family))

@@ -19,14 +19,13 @@ TESTS = ROOT / "tests"
 
 
 def families_of(path, builder):
-    return {builder.commands[0][o][0].split("/")[-2] for o in builder.objects(path)}
+    """The families that a source goes into. "simt": the primitives' own tests, with the kernels of tests/simt/bugs.cu."""
+    families = {builder.commands[0][o][0].split("/")[-2] for o in builder.objects(path)}
+    return families if path.parent.name == "cuda" else families - {"simt"}
 
 
-def files_of(families, path):
-    """The test files of the families that a source goes into."""
-    files = [f for name in sorted(families) for f in sorted(TESTS.glob(f"test_{name}*.py"))]
-    # tests/simt/bugs.cu: the primitives' own tests
-    return [f for f in files if f.name != "test_simt.py" or path.parent.name == "cuda"]
+def files_of(families):
+    return [f for name in sorted(families) for f in sorted(TESTS.glob(f"test_{name}*.py"))]
 
 
 def family_of(test, families):
