@@ -19,7 +19,7 @@ TESTS = ROOT / "tests"
 
 
 def families_of(path, builder):
-    """The families that a source goes into. "simt": the primitives' own tests, with the kernels of tests/simt/bugs.cu."""
+    """The families that a source goes into; "simt", the primitives' own tests, only of cuda/."""
     families = {builder.commands[0][o][0].split("/")[-2] for o in builder.objects(path)}
     return families if path.parent.name == "cuda" else families - {"simt"}
 
