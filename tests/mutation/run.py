@@ -7,7 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from simt import SCHEDULES
+from simt import SCHEDULES, backend
 
 from .build import CSRC, ROOT, Builder, Compiled, sources
 from .operators import mutants
@@ -38,11 +38,16 @@ def run(family="", sample=0, seed=0, jobs=2, operator="", names=(), again=False,
     by_path = {}
     for path, m in chosen:
         by_path.setdefault(path, []).append(m)
-    for path, some in by_path.items():
-        rows += [{**_row(m), "verdict": "survived"} for m in some if m.name in listed]
-        some = [m for m in some if m.name not in listed]
-        if some:
-            rows += _File(path, jobs, cache, hints, say).run(some, again)
+    ready = {}  # files of tests -> Tests
+    try:
+        for path, some in by_path.items():
+            rows += [{**_row(m), "verdict": "survived"} for m in some if m.name in listed]
+            some = [m for m in some if m.name not in listed]
+            if some:
+                rows += _File(path, jobs, cache, hints, ready, say).run(some, again)
+    finally:
+        for tests in ready.values():
+            tests.stop()
     say(f"{len(rows)} mutants, {time.monotonic() - began:.0f} s")
     return rows
 
@@ -75,8 +80,8 @@ def _row(m):
 class _File:
     """The mutants of one source."""
 
-    def __init__(self, path, jobs, cache, hints, say):
-        self.path, self.jobs, self.cache, self.hints, self.say = path, jobs, cache, hints, say
+    def __init__(self, path, jobs, cache, hints, ready, say):
+        self.path, self.jobs, self.cache, self.hints, self.ready, self.say = path, jobs, cache, hints, ready, say
         self.text = path.read_text()
         self.lines = self.text.split("\n")
         self.plain = Builder(FOLDER / "plain")
@@ -92,7 +97,10 @@ class _File:
         if all(row and row["verdict"] != "survived" for row in rows):
             return rows
         self.original = self.plain.compile(self.objects)
-        self.tests = Tests(files_of(self.families), self.plain.link(self.original))
+        files = tuple(files_of(self.families))
+        if files not in self.ready:
+            self.ready[files] = Tests(files, backend.module().__file__)
+        self.tests = self.ready[files]
         # a survivor stays one until there are new tests
         rows = [None if row and row["verdict"] == "survived" and self.present.unseen(row, self.shown(m)) else row
                 for row, m in zip(rows, some, strict=True)]
@@ -119,11 +127,8 @@ class _File:
                 self.say(f"  {done[0]}, {time.monotonic() - began:.0f} s, {row['verdict']}: {row['name']} "
                          f"line {row['line']}: {row['what']}")
 
-        try:
-            with ThreadPoolExecutor(self.jobs) as pool:
-                list(pool.map(one, [n for n, row in enumerate(rows) if row is None]))
-        finally:
-            self.tests.stop()
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(one, [n for n, row in enumerate(rows) if row is None]))
         return rows
 
     def verdict(self, builder, m, again):
