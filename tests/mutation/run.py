@@ -128,8 +128,12 @@ class _File:
                          f"line {row['line']}: {row['what']}")
 
         with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(one, [n for n, row in enumerate(rows) if row is None]))
+            list(pool.map(one, sorted((n for n, row in enumerate(rows) if row is None), key=self.survived(some))))
         return rows
+
+    def survived(self, some):
+        """The slow ones last."""
+        return lambda n: self.cache.rows.get(some[n].name, {}).get("verdict") == "survived"
 
     def verdict(self, builder, m, again):
         before = self.cache.rows.get(m.name)
@@ -143,7 +147,9 @@ class _File:
         if hint:
             families.sort(key=lambda f: f != family_of(hint, self.families))
         try:
-            for family in families:  # one after the other: most mutants are killed before all is compiled
+            # One after the other: most mutants are killed before all is compiled. All device functions are inlined
+            # (GMK_DEV, GMK_HD), so no object has the code of another one's.
+            for family in families:
                 made.update(builder.compile(self.of(family)))
                 library, changed = self.link(builder, made)
                 changed = set(changed) & set(self.of(family))
@@ -161,10 +167,6 @@ class _File:
         if library is None:
             return {"verdict": "same code"}
         names = self.reach(shown, [o for o in made if made[o] != self.original[o]])
-        if len(families) > 1:  # an inline function may have been that of another family's object
-            verdict, test = self.tests.run(library, SCHEDULES[0], names, m.function)
-            if test:
-                return {"verdict": verdict, "test": test}
         names = self.tests.best(names, m.function)[:OTHERS]
         for schedule in OTHER_SCHEDULES:
             verdict, test = self.tests.run(library, schedule, names, m.function)
