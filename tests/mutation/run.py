@@ -106,6 +106,7 @@ class _File:
                 for row, m in zip(rows, some, strict=True)]
         self.say(f"{self.path.relative_to(CSRC)}: {rows.count(None)} of {len(rows)} mutants, "
                  f"{len(self.tests.ids)} tests")
+        self.few = rows.count(None) < 10  # not worth warming up
         free, lock, done = [Builder(FOLDER / f"{i}") for i in range(self.jobs)], threading.Lock(), [0]
         began = time.monotonic()
 
@@ -181,6 +182,8 @@ class _File:
 
     def reach(self, names, changed):
         """Those of the tests that call a kernel in one of the changed objects."""
+        if self.few:
+            return names
         called, behind = self.tests.warm(), self.plain.behind
         objects = {t: set().union(*(behind.get(kernel, self.objects) for kernel in called.get(t, ())))
                    for t in names}
