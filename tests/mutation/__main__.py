@@ -22,6 +22,7 @@ def main(argv=None):
     p.add_argument("--sample", type=int, default=0, help="so many at random, but no listed survivors; 0: all")
     p.add_argument("--seed", type=int, default=0, help="of the sample")
     p.add_argument("--jobs", type=int, default=2)
+    p.add_argument("--recorded", action="store_true", help="only those that killers.txt knows")
     p.add_argument("--again", action="store_true", help="also what earlier runs have found out")
     p.add_argument("--list", action="store_true", help="only name them")
     p.add_argument("--record", action="store_true", help="write what is known of the present sources into the docs")
@@ -39,7 +40,7 @@ def main(argv=None):
         return 0
     listed = survivors.load()
     rows = run(a.family, a.sample, a.seed, a.jobs, a.operator, a.name, a.again, listed if a.sample else (),
-               lambda t: print(t, flush=True))
+               a.recorded, lambda t: print(t, flush=True))
     with open(a.results, "w") as f:
         json.dump(rows, f, indent=1)
     return judge(rows, listed, complete=not (a.sample or a.operator or a.name or a.family))

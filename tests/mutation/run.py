@@ -25,15 +25,17 @@ def all_mutants(family=""):
             for m in mutants(path.name, path.read_text())]
 
 
-def run(family="", sample=0, seed=0, jobs=2, operator="", names=(), again=False, listed=(), say=print):
+def run(family="", sample=0, seed=0, jobs=2, operator="", names=(), again=False, listed=(), recorded=False,
+        say=print):
     """[{"name", "file", "function", "operator", "line", "what", "verdict", "test", "seconds"}], a row per mutant.
-    `listed`: known survivors, which are not run."""
+    `listed`: known survivors, which are not run. `recorded`: only mutants that are in killers.txt."""
+    hints = killers()
     chosen = [(p, m) for p, m in all_mutants(family)
-              if operator in ("", m.operator) and (not names or m.name in names)]
+              if operator in ("", m.operator) and (not names or m.name in names) and (not recorded or m.name in hints)]
     if sample:
         drawn = set(draw([m.name for _, m in chosen], sample, seed))
         chosen = [(p, m) for p, m in chosen if m.name in drawn]
-    cache, hints = Cache(FOLDER / "verdicts.jsonl"), killers()
+    cache = Cache(FOLDER / "verdicts.jsonl")
     rows, began = [], time.monotonic()
     by_path = {}
     for path, m in chosen:
