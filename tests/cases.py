@@ -3,6 +3,7 @@
 import contextlib
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from gmkernels import _call
@@ -44,6 +45,20 @@ def cpu_kernels():
         yield
     finally:
         _call.Kernel.backend = before
+
+
+@contextlib.contextmanager
+def old_gpu(device):
+    """The emulator as a GPU without the tensor cores of sm_80 (sm_75)."""
+    if not device.simt:
+        pytest.skip("the emulator can be told to be one")
+    from simt import backend
+
+    backend.module().has_mma(False)
+    try:
+        yield
+    finally:
+        backend.module().has_mma(True)
 
 
 def data(*shape, dtype=torch.float64, device="cpu", seed=0, grad=False):

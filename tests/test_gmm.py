@@ -245,6 +245,13 @@ def test_tensor_cores_are_used(device, monkeypatch):
         assert work == [2 * 32 + 96, 64]  # threads: preparing takes 128, nine rows 32; the plain path 64
 
 
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_a_gpu_without_tensor_cores(device, covariance_type):
+    with cases.old_gpu(device):
+        for n, d, k in ((5, 8, 3), (66, 17, 2), (9, 65, 2)):
+            check(mixture(n, d, k, covariance_type, F32), covariance_type)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 @pytest.mark.parametrize("covariance_type", ["full", "tied"])
 def test_tensor_cores_far_from_the_origin_and_tight(device, path, covariance_type, offset):

@@ -1,6 +1,5 @@
 """masked_conv2d on CUDA and in the emulator: every dtype on the edges of the tiles, accuracy, infinities, old GPUs."""
 
-import contextlib
 import math
 
 import pytest
@@ -21,20 +20,6 @@ layouts = pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
 def _only_cuda_kernels(device):
     if device.name == "cpu":
         pytest.skip("of the CUDA kernels")
-
-
-@contextlib.contextmanager
-def old_gpu(device):
-    """The emulator as a GPU without these tensor cores (sm_75)."""
-    if not device.simt:
-        pytest.skip("the emulator can be told to be one")
-    from simt import backend
-
-    backend.module().has_mma(False)
-    try:
-        yield
-    finally:
-        backend.module().has_mma(True)
 
 
 def rounding(dtype):
@@ -125,7 +110,7 @@ def test_gate(device, dtype, nhwc):
 @dtypes
 def test_without_tensor_cores(device, dtype):
     """sm_75: the same tiles, plain multiply-adds."""
-    with old_gpu(device):
+    with cases.old_gpu(device):
         for nhwc in (False, True):
             x, weight, bias = problem(1, 16, 34, 3, 7, 3, dtype=dtype, nhwc=nhwc)
             check_convolution(x, weight, bias, RASTER.raster_taps(3, 3, "B"))

@@ -35,7 +35,8 @@ inline void raise_if(Status status, const char* name) {
 }
 
 // make(python arguments...) -> Args;  cpu(Args, threads) and cuda(Args, device, stream) -> Status.
-// Defines name_cpu(python arguments..., threads) and, in a CUDA build, name_cuda(python arguments..., device, stream).
+// Defines name_cpu(python arguments..., threads) and, in a CUDA build, name_cuda(python arguments..., device, stream);
+// cuda = nullptr: there is no CUDA half, and the op runs its reference there.
 // The emulator (GMK_SIMT, tests/simt) is a CUDA build without the CPU half.
 template <class Args, class... P>
 void bind_op(py::module_& m, const std::string& name, Args (*make)(P...),
@@ -55,6 +56,7 @@ void bind_op(py::module_& m, const std::string& name, Args (*make)(P...),
   (void)cpu;
 #endif
 #if defined(GMK_WITH_CUDA) || defined(GMK_SIMT)
+  if (!cuda) return;
   m.def((name + "_cuda").c_str(), [make, cuda, name](P... args, int device, Address stream) {
     const Args a = make(args...);
     Status status;

@@ -57,15 +57,10 @@ inline Status launch_kernel(const void* kernel, size_t shared_bytes, const char*
 }
 #endif
 
-// GMK_TF32: whether tensor cores with tf32, and cp.async, are there for the code being compiled. GMK_COMPILED_FOR((kernel)):
-// __CUDA_ARCH__ / 10 of the code of `kernel` that would run on the current device, which an older binary or PTX may have.
-#if defined(GMK_SIMT) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-#define GMK_TF32 1
-#else
-#define GMK_TF32 0
-#endif
+// GMK_COMPILED_FOR((kernel)): __CUDA_ARCH__ / 10 of the code of `kernel` that would run on the current device, which an
+// older binary or PTX may have. 80 and up: there has_mma() is true.
 #ifdef GMK_SIMT
-#define GMK_COMPILED_FOR(kernel) 90
+#define GMK_COMPILED_FOR(kernel) (::gmk_simt::has_mma() ? 90 : 75)
 #else
 #define GMK_COMPILED_FOR(kernel) (::gmk::compiled_for((const void*)(GMK_UNPAREN kernel)))
 inline int compiled_for(const void* kernel) {

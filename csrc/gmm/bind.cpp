@@ -1,36 +1,12 @@
 #include "core/dispatch.h"
 #include "core/tensor_args.h"
-#include "gmm/gmm.h"
+#include "gmm/bind_inputs.h"
 #include "gmm/gmm_sample.h"
 
 namespace gmk {
 
 GMK_ISA_TABLES(GmmKernels, gmm_kernels)
 GMK_ISA_TABLES(GmmSampleKernels, gmm_sample_kernels)
-
-static int64_t matrix_numbers(int64_t k, int64_t d, int covariance) {
-  return covariance == kFull ? k * d * d : covariance == kTied ? d * d : covariance == kDiag ? k * d : k;
-}
-
-static GmmInputs gmm_inputs(Address x, Address log_weights, Address means, Address precisions, py::tuple strides,
-                            int64_t b, int64_t n, int64_t k, int64_t d, int dtype, int covariance) {
-  GmmInputs in{};
-  in.x = pointer(x, b * n * d, "x");
-  in.log_weights = pointer(log_weights, b * k, "log_weights");
-  in.means = pointer(means, b * k * d, "means");
-  in.precisions = pointer(precisions, b * matrix_numbers(k, d, covariance), "precisions_cholesky");
-  in.x_stride = strides[0].cast<int64_t>();
-  in.weights_stride = strides[1].cast<int64_t>();
-  in.means_stride = strides[2].cast<int64_t>();
-  in.precisions_stride = strides[3].cast<int64_t>();
-  in.b = b;
-  in.n = n;
-  in.k = k;
-  in.d = d;
-  in.dtype = dtype;
-  in.covariance = covariance;
-  return in;
-}
 
 static GmmLogProb gmm_log_prob(Address out, Address scratch, Address x, Address log_weights, Address means,
                                Address precisions, int64_t scratch_bytes, py::tuple strides, int64_t b, int64_t n,

@@ -52,7 +52,7 @@ constexpr int kForwardM = KT <= 8 ? 2 : 1;  // y takes 4 M KT registers
 template <int KT>
 __global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks<KT>)
     gmm_matrix_log_prob_kernel(GmmLogProb a, int capacity) {
-  if (!GMK_TF32) return;
+  if (!has_mma()) return;
   constexpr int M = kForwardM<KT>;
   GMK_DYN_SHARED(bytes);
   const GmmInputs& in = a.in;

@@ -36,7 +36,7 @@ struct alignas(16) Kept {
 template <int KT>
 __global__ void __launch_bounds__(kMatrixThreads, kPullBlocks<KT>)
     gmm_matrix_grad_x_kernel(GmmLogProbBackward a, int capacity) {
-  if (!GMK_TF32) return;
+  if (!has_mma()) return;
   constexpr int M = kPullM<KT>;
   GMK_DYN_SHARED(bytes);
   const GmmInputs& in = a.in;
@@ -158,7 +158,7 @@ GMK_DEV void weighted_fragment(uint32_t (&hi)[4], uint32_t (&lo)[4], const float
 template <int KT>
 __global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks<KT>)
     gmm_matrix_statistics_kernel(GmmLogProbBackward a, double* all_sums, int64_t slabs, int rows, int pull) {
-  if (!GMK_TF32) return;
+  if (!has_mma()) return;
   constexpr int kPairs = KT / 4, kShares = 4 / kPairs, kSlots = KT + 2, kPanel = 4;
   GMK_DYN_SHARED(bytes);
   const GmmInputs& in = a.in;

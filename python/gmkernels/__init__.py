@@ -15,4 +15,18 @@ if _isa := _os.environ.get("GMKERNELS_ISA"):
 
 from . import distributions, nn, ops, reference  # noqa: E402
 
-__all__ = ["__version__", "distributions", "nn", "ops", "reference"]
+__all__ = ["GaussianMixture", "__version__", "distributions", "mixture", "nn", "ops", "reference"]
+
+
+def __getattr__(name):
+    """Estimators load on first use, and scikit-learn with them."""
+    if name in ("GaussianMixture", "mixture"):
+        from importlib import import_module
+
+        mixture = import_module(".mixture", __name__)
+        return mixture if name == "mixture" else mixture.GaussianMixture
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -2,14 +2,21 @@
 
 from .diffusion import diffusion_step
 from .gmm import gmm_log_prob
+from .gmm_em import GMM_EM_ROWS, GmmParameters, GmmStatistics, gmm_em_statistics, gmm_m_step, gmm_responsibilities
 from .gmm_inference import gmm_posterior_mean, gmm_sample, gmm_score
 from .masked_conv import masked_conv2d
 from .random import philox_normal, philox_uniform
 
 __all__ = [
+    "GMM_EM_ROWS",
+    "GmmParameters",
+    "GmmStatistics",
     "diffusion_step",
+    "gmm_em_statistics",
     "gmm_log_prob",
+    "gmm_m_step",
     "gmm_posterior_mean",
+    "gmm_responsibilities",
     "gmm_sample",
     "gmm_score",
     "masked_conv2d",

@@ -1,0 +1,65 @@
+#include "core/dispatch.h"
+#include "core/tensor_args.h"
+#include "gmm/bind_inputs.h"
+#include "gmm/gmm_em.h"
+
+namespace gmk {
+
+GMK_ISA_TABLES(GmmEmKernels, gmm_em_kernels)
+GMK_ISA_TABLES(GmmMStepKernels, gmm_m_step_kernels)
+
+static GmmEmStatistics gmm_em_statistics(Address sums, Address used_shift, Address x, Address log_weights,
+                                         Address means, Address precisions, Address sample_weight, Address shift,
+                                         Address initial, py::tuple strides, int64_t b, int64_t n, int64_t k, int64_t d,
+                                         int dtype, int covariance, int64_t sample_weight_stride,
+                                         int64_t shift_stride) {
+  GmmEmStatistics a{};
+  a.sums = pointer<double>(sums, b * em_numbers(k, d, covariance), "sums");
+  a.used_shift = pointer<double>(used_shift, b * d, "used_shift");
+  a.sample_weight = optional_pointer(sample_weight);
+  a.shift = optional_pointer<double>(shift);
+  a.initial = optional_pointer<double>(initial);
+  a.sample_weight_stride = sample_weight_stride;
+  a.shift_stride = shift_stride;
+  a.in = gmm_inputs(x, log_weights, means, precisions, strides, b, n, k, d, dtype, covariance);
+  return a;
+}
+
+static GmmResponsibilities gmm_responsibilities(Address out, Address x, Address log_weights, Address means,
+                                                Address precisions, py::tuple strides, int64_t b, int64_t n, int64_t k,
+                                                int64_t d, int dtype, int covariance) {
+  GmmResponsibilities a{};
+  a.out = pointer(out, b * n * k, "out");
+  a.in = gmm_inputs(x, log_weights, means, precisions, strides, b, n, k, d, dtype, covariance);
+  return a;
+}
+
+static GmmMStep gmm_m_step(Address weights, Address log_weights, Address means, Address covariances, Address precisions,
+                           Address status, Address sums, Address shift, int64_t b, int64_t k, int64_t d, int covariance,
+                           double reg_covar, int dtype) {
+  GmmMStep a{};
+  const int64_t matrices = b * em_second_numbers(k, d, covariance);
+  a.weights = pointer(weights, b * k, "weights");
+  a.log_weights = pointer(log_weights, b * k, "log_weights");
+  a.means = pointer(means, b * k * d, "means");
+  a.covariances = pointer(covariances, matrices, "covariances");
+  a.precisions = pointer(precisions, matrices, "precisions_cholesky");
+  a.status = pointer<uint8_t>(status, b * k, "status");
+  a.sums = pointer<double>(sums, b * em_numbers(k, d, covariance), "sums");
+  a.shift = pointer<double>(shift, b * d, "shift");
+  a.b = b;
+  a.k = k;
+  a.d = d;
+  a.covariance = covariance;
+  a.reg_covar = reg_covar;
+  a.dtype = dtype;
+  return a;
+}
+
+void bind_gmm_em(py::module_& m) {
+  bind_op(m, "gmm_em_statistics", gmm_em_statistics, GMK_CPU(gmm_em_kernels().statistics), nullptr);
+  bind_op(m, "gmm_responsibilities", gmm_responsibilities, GMK_CPU(gmm_em_kernels().responsibilities), nullptr);
+  bind_op(m, "gmm_m_step", gmm_m_step, GMK_CPU(gmm_m_step_kernels().m_step), nullptr);
+}
+
+}  // namespace gmk

@@ -1,0 +1,121 @@
+// CPU only: a block of rows becomes responsibilities. Rows lie on the SIMD lanes.
+#pragma once
+#include "gmm/gmm_density.h"
+
+namespace gmk {
+namespace GMK_ISA_NS {
+namespace {
+
+// e^x for x <= 0 and a sum of such; below 1e-30 (double: 1e-278) it is 0, for its products would be subnormal.
+template <class T>
+GMK_INLINE typename simd<T>::v responsibility(typename simd<T>::v x) {
+  const auto tiny = (typename simd<T>::i)(x < splat(T(sizeof(T) == 4 ? -69 : -640)));
+  return select(tiny, typename simd<T>::v{}, vexp_nonpositive(x));
+}
+
+template <class T, int rows>
+struct Block {
+  static constexpr int n = simd<T>::n;
+  T* x;        // [d][rows]
+  T* e;        // [k][rows]: log-densities, then responsibilities but for the factor `scale`
+  T* centred;  // [d][rows], where the mixture is centred
+  T weight[rows], alive[rows], scale[rows];
+  double log_likelihood[n];
+
+  static int64_t numbers(const GmmInputs& in) { return (2 * in.d + in.k) * rows; }
+  void take(const GmmInputs& in, T* at) {
+    x = at;
+    centred = x + in.d * rows;
+    e = centred + in.d * rows;
+    memset(log_likelihood, 0, sizeof log_likelihood);
+  }
+
+  // A row that counts for nothing (past the end, of weight 0, or infinite) is made harmless: 0 * inf would be NaN.
+  void load_rows(const T* from, const T* weights, int64_t count, int64_t d) {
+    if (count < rows) memset(x, 0, size_t(d * rows) * sizeof(T));
+    load_tile(x, rows, from, count, d);
+    bool clean = true;
+    for (int row = 0; row < rows; ++row) {
+      weight[row] = row >= count ? T(0) : weights ? weights[row] : T(1);
+      alive[row] = T(1);
+      clean &= weight[row] != T(0);
+    }
+    typename simd<T>::v bad[rows / n] = {};
+    for (int64_t f = 0; f < d; ++f)
+#pragma GCC unroll 16
+      for (int u = 0; u < rows / n; ++u) {
+        const auto t = load(x + f * rows + u * n) * splat(T(0));  // NaN where x is not finite
+        bad[u] += t;
+      }
+    for (int u = 1; u < rows / n; ++u) bad[0] += bad[u];
+    for (int l = 0; l < n; ++l) clean &= bad[0][l] == bad[0][l];
+    if (clean) return;
+    for (int row = 0; row < rows; ++row) {
+      bool infinite = false, nan = false;
+      for (int64_t f = 0; f < d; ++f) {
+        const T t = x[f * rows + row];
+        nan |= t != t;
+        infinite |= t == T(INFINITY) || t == T(-INFINITY);
+      }
+      if (weight[row] != T(0) && (nan || !infinite)) continue;
+      alive[row] = T(0);
+      for (int64_t f = 0; f < d; ++f) x[f * rows + row] = T(0);
+    }
+  }
+
+  void densities(const Mixture<T>& m, bool matrix) {
+    const T* from = x;
+    if (!matrix && m.centred) {
+      for (int64_t f = 0; f < m.d; ++f)
+#pragma GCC unroll 16
+        for (int u = 0; u < rows / n; ++u)
+          store(centred + f * rows + u * n, load(x + f * rows + u * n) - splat(m.centre[f]));
+      from = centred;
+    }
+    const int step = tile_words(m.d) < rows / n ? tile_words(m.d) : rows / n;
+    for (int u = 0; u < rows / n; u += step)
+      for (int64_t c = 0; c < m.k; ++c) {
+        T* const to = e + c * rows + u * n;
+        if (m.constants[c] == T(-INFINITY))
+          for (int w = 0; w < step; ++w) store(to + w * n, splat(T(-INFINITY)));
+        else if (matrix)
+          component<T, true, false>(to, from + u * n, rows, step, m, c);
+        else if (m.centred)
+          component<T, false, true>(to, from + u * n, rows, step, m, c);
+        else
+          component<T, false, false>(to, from + u * n, rows, step, m, c);
+      }
+  }
+
+  void softmax(int64_t k, int64_t d) {
+    using v = typename simd<T>::v;
+    bool far = false;
+    const v least = splat(T(sizeof(T) == 4 ? -3.4028234e38 : -1.7976931348623157e308));  // -inf - -inf would be NaN
+    for (int u = 0; u < rows / n; ++u) {
+      T* const p = e + u * n;
+      v top = least, sum{};
+      for (int64_t c = 0; c < k; ++c) top = vmax(load(p + c * rows), top);
+      for (int64_t c = 0; c < k; ++c) {
+        const v r = responsibility<T>(load(p + c * rows) - top);
+        store(p + c * rows, r);
+        sum += r;
+      }
+      const v w = load(weight + u * n);
+      const auto dead = (typename simd<T>::i)((load(alive + u * n) == v{}) | (sum == v{}));
+      store(scale + u * n, select(dead, v{}, w / sum));
+      for (int l = 0; l < n; ++l) far |= dead[l] != 0;
+      const v log_prob = select(dead, splat(T(-INFINITY)), top + vlog(sum));
+      T part[n];
+      store(part, select((typename simd<T>::i)(w == v{}), v{}, w * log_prob));
+      for (int l = 0; l < n; ++l) log_likelihood[l] += double(part[l]);
+    }
+    if (!far) return;
+    for (int row = 0; row < rows; ++row)  // its square may be infinite
+      if (scale[row] == T(0))
+        for (int64_t f = 0; f < d; ++f) x[f * rows + row] = T(0);
+  }
+};
+
+}  // namespace
+}  // namespace GMK_ISA_NS
+}  // namespace gmk

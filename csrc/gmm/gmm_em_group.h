@@ -1,0 +1,231 @@
+// CPU only: the sums of one group of rows. A block of rows becomes responsibilities (gmm_em_block.h), then the features
+// 1, t, and products of t are formed a chunk at a time and meet them (gmm_em_sums.h); neither ever goes beyond the cache.
+#pragma once
+#include "core/scratch.h"
+#include "gmm/gmm_em.h"
+#include "gmm/gmm_em_block.h"
+#include "gmm/gmm_em_sums.h"
+
+namespace gmk {
+namespace GMK_ISA_NS {
+namespace {
+
+constexpr int64_t kLaneBytes = 1 << 20;  // sums spread over lanes, one thread's: they stay in L2
+
+// Sums of one mixture while they grow: [linear][step], then [shared]. Features of `linear`: 1, t, and
+//   full t_a t_b (a <= b), diag t^2, spherical |t|^2; tied has its t_a t_b in `shared`, for all components at once.
+struct Sums {
+  int64_t k, d, step, linear, shared;
+  int covariance;
+  bool narrow;
+  int64_t numbers() const { return linear * step + shared; }
+};
+template <class A>
+static Sums sums_of(const GmmInputs& in) {
+  constexpr int64_t n = simd<A>::n;
+  Sums s{};
+  s.k = in.k;
+  s.d = in.d;
+  s.covariance = in.covariance;
+  const int64_t pairs = in.d * (in.d + 1) / 2;
+  s.shared = in.covariance == kTied ? pairs : 0;
+  s.linear = 1 + in.d +
+             (in.covariance == kFull   ? pairs
+              : in.covariance == kDiag ? in.d
+              : in.covariance == kTied ? 0
+                                       : 1);
+  s.narrow = 4 * in.k <= 3 * n && (s.linear * in.k + s.shared) * n * int64_t(sizeof(A)) <= kLaneBytes;
+  s.step = s.narrow ? in.k : (in.k + n - 1) / n * n;
+  return s;
+}
+
+template <class T, class A, bool narrow>
+struct Worker {
+  static constexpr int rows = narrow ? 1024 / int(sizeof(T)) : 64;
+  static constexpr int n = simd<A>::n;
+  static constexpr int chunk = narrow ? 24 : 384 / int(sizeof(A));  // features at once: a multiple of all of kTall
+  static constexpr bool same = sizeof(T) == sizeof(A);
+
+  Block<T, rows> block;
+  T* mixture;
+  A *t, *features, *r, *transposed, *row_weight, *lanes, *shared_lanes;
+
+  static int64_t numbers_t(const GmmInputs& in) {
+    return (Mixture<T>::scratch(in) + Block<T, rows>::numbers(in) + 15) / 16 * 16;
+  }
+  static int64_t numbers_a(const Sums& s) {
+    return (s.d + chunk + 1 + (same ? 0 : s.k) + (narrow ? 0 : s.step)) * rows + (narrow ? s.linear * s.k * n : 0) +
+           s.shared * n;
+  }
+  void take(const GmmInputs& in, const Sums& s, T* at, A* more) {
+    mixture = at;
+    block.take(in, at + Mixture<T>::scratch(in));
+    t = more;
+    features = t + s.d * rows;
+    row_weight = features + chunk * rows;
+    r = row_weight + rows;
+    transposed = r + (same ? 0 : s.k) * rows;
+    lanes = transposed + (narrow ? 0 : s.step) * rows;
+    shared_lanes = lanes + (narrow ? s.linear * s.k * n : 0);
+  }
+
+  // The responsibilities in A, [k][rows].
+  const A* responsibilities(const Sums& s) {
+    if (same) {
+      if (narrow)
+        for (int64_t c = 0; c < s.k; ++c)
+          for (int row = 0; row < rows; row += simd<T>::n) {
+            T* const e = block.e + c * rows + row;
+            store(e, load(e) * load(block.scale + row));
+          }
+      return reinterpret_cast<const A*>(block.e);
+    }
+    for (int64_t c = 0; c < s.k; ++c)
+      for (int row = 0; row < rows; ++row) r[c * rows + row] = A(block.e[c * rows + row] * block.scale[row]);
+    return r;
+  }
+  void transpose_responsibilities(const Sums& s, const A* from) {
+    for (int64_t c = 0; c < s.step; c += n)
+      for (int row = 0; row < rows; row += n) {
+        typename simd<A>::v e[n];
+        typename simd<A>::v scale = splat(A(1));
+        if (same) scale = load(reinterpret_cast<const A*>(block.scale) + row);
+#pragma GCC unroll 16
+        for (int l = 0; l < n; ++l)
+          e[l] = c + l < s.k ? load(from + (c + l) * rows + row) * scale : typename simd<A>::v{};
+        transpose<A>(e);
+#pragma GCC unroll 16
+        for (int l = 0; l < n; ++l) store(transposed + (row + l) * s.step + c, e[l]);
+      }
+  }
+
+  struct Stream {  // features on their way to the sums
+    Worker& w;
+    const Sums& s;
+    const A* r;
+    A* slot;
+    int64_t done = 0;
+    int count = 0;
+    bool shared = false;
+
+    A* next() {
+      if (count == chunk) flush();
+      return w.features + rows * count++;
+    }
+    void flush() {
+      if (shared)
+        narrow_sums<A, rows>(w.shared_lanes + done * n, w.features, w.row_weight, 1, count);
+      else if (narrow)
+        narrow_sums<A, rows>(w.lanes + done * s.k * n, w.features, r, s.k, count);
+      else
+        wide_sums<A, rows>(slot + done * s.step, w.features, w.transposed, s.step, count);
+      done += count;
+      count = 0;
+    }
+  };
+
+  void multiply(A* to, const A* a, const A* b) {
+    for (int row = 0; row < rows; row += n) store(to + row, load(a + row) * load(b + row));
+  }
+
+  void add_features(const Sums& s, const T* shift, const A* from, A* slot) {
+    for (int64_t f = 0; f < s.d; ++f)
+      for (int row = 0; row < rows; ++row) t[f * rows + row] = A(block.x[f * rows + row]) - A(shift[f]);
+    Stream out{*this, s, from, slot};
+    A* const one = out.next();
+    for (int row = 0; row < rows; ++row) one[row] = A(1);
+    for (int64_t f = 0; f < s.d; ++f) memcpy(out.next(), t + f * rows, sizeof(A) * rows);
+    if (s.covariance == kDiag)
+      for (int64_t f = 0; f < s.d; ++f) multiply(out.next(), t + f * rows, t + f * rows);
+    if (s.covariance == kSpherical) {
+      A* const square = out.next();
+      for (int row = 0; row < rows; row += n) {
+        typename simd<A>::v sum{};
+        for (int64_t f = 0; f < s.d; ++f) sum = madd(load(t + f * rows + row), load(t + f * rows + row), sum);
+        store(square + row, sum);
+      }
+    }
+    if (s.covariance == kTied) {
+      out.flush();
+      out.shared = true;
+      out.done = 0;
+      for (int row = 0; row < rows; ++row) row_weight[row] = block.scale[row] == T(0) ? A(0) : A(block.weight[row]);
+    }
+    if (matrix_covariance(s.covariance))
+      for (int64_t a = 0; a < s.d; ++a)
+        for (int64_t b = a; b < s.d; ++b) multiply(out.next(), t + a * rows, t + b * rows);
+    out.flush();
+  }
+
+  // slot: the sums, overwritten. heads: log-likelihood and weight.
+  void group(const Sums& s, const Mixture<T>& m, bool matrix, const T* x, const T* weights, const T* shift,
+             int64_t count, A* slot, double* heads) {
+    memset(slot, 0, size_t(s.numbers()) * sizeof(A));
+    if (narrow) memset(lanes, 0, size_t(s.linear * s.k * n) * sizeof(A));
+    memset(shared_lanes, 0, size_t(s.shared * n) * sizeof(A));
+    memset(block.log_likelihood, 0, sizeof block.log_likelihood);
+    heads[1] = 0;
+    for (int64_t row = 0; row < count; row += rows) {
+      block.load_rows(x + row * s.d, weights ? weights + row : nullptr, count - row < rows ? count - row : rows, s.d);
+      for (int i = 0; i < rows; ++i) heads[1] += double(block.weight[i]);
+      block.densities(m, matrix);
+      block.softmax(s.k, s.d);
+      const A* const from = responsibilities(s);
+      if (!narrow) transpose_responsibilities(s, from);
+      add_features(s, shift, from, slot);
+    }
+    if (narrow) add_lanes(slot, lanes, s.linear * s.k);
+    add_lanes(slot + s.linear * s.step, shared_lanes, s.shared);
+    heads[0] = 0;
+    for (int l = 0; l < simd<T>::n; ++l) heads[0] += block.log_likelihood[l];
+  }
+};
+
+// From the growing form to GmmEmStatistics::sums, components begin .. end, and back.
+static void unpack(double* out, const double* sums, const Sums& s, int64_t begin, int64_t end) {
+  double* const nk = out + 2;
+  double* const s1 = nk + s.k;
+  double* const s2 = s1 + s.k * s.d;
+  for (int64_t c = begin; c < end; ++c) {
+    const double* from = sums + c;
+    nk[c] = *from;
+    for (int64_t f = 0; f < s.d; ++f) s1[c * s.d + f] = from[(1 + f) * s.step];
+    from += (1 + s.d) * s.step;
+    if (s.covariance == kDiag)
+      for (int64_t f = 0; f < s.d; ++f) s2[c * s.d + f] = from[f * s.step];
+    if (s.covariance == kSpherical) s2[c] = *from;
+    if (s.covariance == kFull)
+      for (int64_t a = 0; a < s.d; ++a)
+        for (int64_t b = a; b < s.d; ++b, from += s.step)
+          s2[(c * s.d + a) * s.d + b] = s2[(c * s.d + b) * s.d + a] = *from;
+  }
+  if (s.covariance != kTied || begin) return;
+  const double* from = sums + s.linear * s.step;
+  for (int64_t a = 0; a < s.d; ++a)
+    for (int64_t b = a; b < s.d; ++b) s2[a * s.d + b] = s2[b * s.d + a] = *from++;
+}
+static void pack(double* sums, const double* in, const Sums& s) {
+  const double* const nk = in + 2;
+  const double* const s1 = nk + s.k;
+  const double* const s2 = s1 + s.k * s.d;
+  for (int64_t c = 0; c < s.k; ++c) {
+    double* to = sums + c;
+    *to = nk[c];
+    for (int64_t f = 0; f < s.d; ++f) to[(1 + f) * s.step] = s1[c * s.d + f];
+    to += (1 + s.d) * s.step;
+    if (s.covariance == kDiag)
+      for (int64_t f = 0; f < s.d; ++f) to[f * s.step] = s2[c * s.d + f];
+    if (s.covariance == kSpherical) *to = s2[c];
+    if (s.covariance == kFull)
+      for (int64_t a = 0; a < s.d; ++a)
+        for (int64_t b = a; b < s.d; ++b, to += s.step) *to = s2[(c * s.d + a) * s.d + b];
+  }
+  if (s.covariance != kTied) return;
+  double* to = sums + s.linear * s.step;
+  for (int64_t a = 0; a < s.d; ++a)
+    for (int64_t b = a; b < s.d; ++b) *to++ = s2[a * s.d + b];
+}
+
+}  // namespace
+}  // namespace GMK_ISA_NS
+}  // namespace gmk

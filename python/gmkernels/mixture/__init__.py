@@ -1,0 +1,6 @@
+"""Gaussian mixtures with scikit-learn's API on the fused EM kernels. Loads scikit-learn, so `import gmkernels` does not
+load this."""
+
+from ._gaussian_mixture import GaussianMixture, Progress
+
+__all__ = ["GaussianMixture", "Progress"]

@@ -1,0 +1,158 @@
+"""Where EM starts: scikit-learn's initialisations, with weights, without n x k in memory."""
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans, kmeans_plusplus
+
+from .. import ops
+
+_BLOCK = 1 << 20  # numbers of a block of responsibilities
+
+
+def start(estimator, x, weights, random_state, given):
+    """`GmmParameters` of x's dtype on its device, as scikit-learn's ``_initialize_parameters`` makes them.
+
+    x: ``[n, d]`` without NaN; weights: positive, or None; given: (weights, means, precisions) or None in their place.
+    """
+    kind = estimator.covariance_type
+    made = None
+    if any(part is None for part in given):
+        made = _m_step(x, weights, _responsibilities(estimator, x, weights, random_state), kind, estimator.reg_covar,
+                       estimator.n_components)
+    def put(array):
+        return torch.tensor(array, dtype=x.dtype, device=x.device)
+
+    w = made.weights if given[0] is None else put(given[0])
+    means = made.means if given[1] is None else put(given[1])
+    if given[2] is None:
+        covariances, factors, status = made.covariances, made.precisions_cholesky, made.status
+    else:
+        factors = cholesky_of_precisions(torch.tensor(given[2], dtype=torch.float64), kind)
+        covariances = covariances_of(factors, kind).to(x)
+        factors, status = factors.to(x), torch.zeros(len(w), dtype=torch.uint8, device=x.device)
+    return ops.GmmParameters(w, w.log(), means, covariances, factors, status, kind)
+
+
+def cholesky_of_precisions(precisions, kind):
+    """Upper triangular P with P P^T = precisions."""
+    if kind in ("diag", "spherical"):
+        return precisions.sqrt()
+    return torch.linalg.cholesky(precisions.flip(-1, -2)).flip(-1, -2)
+
+
+def covariances_of(factors, kind):
+    """(P P^T)^-1."""
+    if kind in ("diag", "spherical"):
+        return 1 / factors**2
+    inverse = torch.linalg.solve_triangular(factors, torch.eye(factors.shape[-1]).to(factors), upper=True)
+    return inverse.mT @ inverse
+
+
+def _responsibilities(estimator, x, weights, random_state):
+    """Component of every row ``[n]``, or row of every component ``[k]`` (the others count nowhere), or random ones."""
+    n, k, how = len(x), estimator.n_components, estimator.init_params
+    rows, w = x.cpu().numpy(), None if weights is None else weights.cpu().numpy()
+    if how == "kmeans":
+        labels = KMeans(n_clusters=k, n_init=1, random_state=random_state).fit(rows, sample_weight=w).labels_
+        return torch.from_numpy(labels.astype(np.int64)).to(x.device)
+    if how == "random":
+        return random_state
+    if how == "random_from_data":
+        p = None if w is None else w.astype(np.float64) / w.sum(dtype=np.float64)
+        index = random_state.choice(n, size=k, replace=False, p=p)
+    else:
+        _, index = kmeans_plusplus(rows, k, random_state=random_state, sample_weight=w)
+    labels = torch.full((n,), -1)
+    labels[torch.from_numpy(np.asarray(index))] = torch.arange(k)
+    return labels.to(x.device)
+
+
+def _blocks(x, weights, r, k, state):
+    """(rows, their responsibilities times their weights), float64, block by block; the same on every pass."""
+    size = max(1, _BLOCK // max(k, x.shape[1]))
+    if isinstance(r, np.random.RandomState):
+        r.set_state(state)
+    for i in range(0, len(x), size):
+        rows = x[i : i + size].double()
+        if isinstance(r, np.random.RandomState):
+            resp = torch.from_numpy(r.uniform(size=(len(rows), k))).to(rows.device)
+            resp = resp.to(x.dtype).double()
+            resp = resp / resp.sum(1, keepdim=True)
+        else:
+            resp = (r[i : i + size, None] == torch.arange(k, device=x.device)).double()
+        yield rows, resp if weights is None else resp * weights[i : i + size, None].double()
+
+
+def _m_step(x, weights, r, kind, reg_covar, k):
+    """The M-step, about every component's own mean: one that holds a single row has exactly reg_covar."""
+    d = x.shape[1]
+    state = r.get_state() if isinstance(r, np.random.RandomState) else None
+    nk, s1 = x.new_zeros(k, dtype=torch.float64), x.new_zeros(k, d, dtype=torch.float64)
+    middle = x.mean(0, dtype=torch.float64)
+    for rows, resp in _blocks(x, weights, r, k, state):
+        nk += resp.sum(0)
+        s1 += resp.T @ (rows - middle)
+    means = middle + s1 / nk.clamp(min=1e-300)[:, None]
+    total = len(x) if weights is None else float(weights.sum(dtype=torch.float64))
+
+    if kind == "tied":  # scikit-learn's: of all rows, also of those that belong to no component
+        moment = x.new_zeros(d, d, dtype=torch.float64)
+        for i, (rows, _) in enumerate(_blocks(x, weights, r, k, state)):
+            size = max(1, _BLOCK // max(k, d))
+            w = rows if weights is None else rows * weights[i * size : i * size + len(rows), None].double()
+            moment += rows.T @ w
+        s2 = ((moment - (nk[:, None] * means).T @ means) / nk.sum())
+        one = nk.new_ones(1)
+        parts = one, s2.new_zeros(1, d), s2, s2.new_zeros(()), s2.new_ones(()), s2.new_zeros(d)
+    else:
+        s2 = x.new_zeros((k, d, d) if kind == "full" else (k, d), dtype=torch.float64)
+        for rows, resp in _blocks(x, weights, r, k, state):
+            for c in range(k):
+                held = resp[:, c].nonzero()[:, 0]
+                t, w = rows[held] - means[c], resp[held, c]
+                s2[c] += (t * w[:, None]).T @ t if kind == "full" else w @ t**2
+        if kind == "spherical":
+            s2 = s2.sum(1)
+        parts = nk[:, None], s2.new_zeros(k, 1, d), s2[:, None], s2.new_zeros(k), nk, means
+    made = ops.gmm_m_step(ops.GmmStatistics.of(*parts, kind), kind, reg_covar)
+    pick = (lambda t: t) if kind == "tied" else (lambda t: t[:, 0])
+    status = made.status.expand(k) if kind == "tied" else made.status[:, 0]
+    w = (nk + 10 * torch.finfo(x.dtype).eps) / total
+    return ops.GmmParameters(w.to(x.dtype), w.log().to(x.dtype), means.to(x.dtype), pick(made.covariances).to(x.dtype),
+                             pick(made.precisions_cholesky).to(x.dtype), status, kind)
+
+
+def normalised(parameters):
+    """The same with weights that sum to 1: rows that belong to no component count in scikit-learn's start."""
+    w = parameters.weights.double()
+    w = w / w.sum()
+    kind = parameters.weights.dtype
+    return ops.GmmParameters(w.to(kind), w.log().to(kind), parameters.means, parameters.covariances,
+                             parameters.precisions_cholesky, parameters.status, parameters.covariance_type)
+
+
+
+def filled(x, weights, reg_covar):
+    """x with its NaN replaced by conditional expectations under one Gaussian: what the initialisation works on.
+
+    The Gaussian is fitted by a few EM iterations, on at most 20,000 rows.
+    """
+    from . import _em, _missing  # they use this module
+
+    d = x.shape[1]
+    kind = "full" if d <= 512 else "diag"
+    step = -(-len(x) // 20_000)
+    some = x[::step].double()
+    mean = some.nanmean(0)
+    mean = torch.where(mean.isnan(), x.double().nanmean(0), mean)
+    variance = (some - mean).square().nanmean(0)
+    variance = torch.where(variance > 0, variance, 1.0) + reg_covar  # also of a feature that lacks in these rows
+    factors = variance.rsqrt()[None]
+    one = mean.new_ones(1)
+    parameters = ops.GmmParameters(one, one.log(), mean[None], 1 / factors**2, factors, one.new_zeros(1), kind)
+    if kind == "full":
+        parameters = ops.GmmParameters(one, one.log(), mean[None], torch.diag_embed(1 / factors**2),
+                                       torch.diag_embed(factors), one.new_zeros(1), kind)
+        rows = _em.Memory(some, None if weights is None else weights[::step].double())
+        parameters = _em.run(rows, parameters, tol=1e-3, max_iter=20, reg_covar=reg_covar).parameters
+    return _missing.impute(x, parameters)
