@@ -1,5 +1,7 @@
 """The mutation operators on small snippets, and the list of survivors. Nothing is compiled."""
 
+import os
+
 import pytest
 
 from mutation import survivors
@@ -164,6 +166,54 @@ def test_judgement():
     assert any("SURVIVED alive" in text for text in said)
 
 
+def test_a_verdict_depends_on_its_test_and_what_the_tests_share(tmp_path, monkeypatch):
+    pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
+    from mutation import tests
+
+    monkeypatch.setattr(tests, "ROOT", tmp_path)
+    file = tmp_path / "test_f.py"
+
+    def states(text):
+        file.write_text(text)
+        tests._parts.cache_clear()
+        return [tests.state_of(f"test_f.py::{name}") for name in ("test_a[simt-1]", "test_a[simt-2]", "test_b")]
+
+    text = "N = 3\n\n@mark\ndef test_a(n):\n    f(n)\n\ndef test_b():\n    f(1)\n"
+    first = states(text)
+    assert len(set(first)) == 3
+    added = states(text + "\n\ndef test_c():\n    pass\n")
+    assert added == first
+    changed = states(text.replace("f(1)", "f(2)"))
+    assert changed[:2] == first[:2] and changed[2] != first[2]
+    for other in (text.replace("@mark", "@skip"), text.replace("f(n)", "f(-n)")):
+        assert [a == b for a, b in zip(states(other), first, strict=True)] == [False, False, True]
+    assert not set(states(text.replace("N = 3", "N = 4"))) & set(first)
+    tests._parts.cache_clear()
+
+
+def test_a_sample_changes_little():
+    pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
+    from mutation.run import draw
+
+    names = [f"f.cu:kernel:sign:{i}#1" for i in range(500)]
+    some = draw(names, 40, 0)
+    assert len(set(some)) == 40 and some != draw(names, 40, 1) and set(some) < set(draw(names, 80, 0))
+    assert len(set(some) - set(draw(names[5:], 40, 0))) < 5
+
+
+def test_killers_are_read_as_written(tmp_path):
+    pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
+    from mutation.verdicts import killers, write_killers
+
+    file = tmp_path / "killers.txt"
+    rows = [{**row("numeric", name), "test": test} for name, test in (("m1", "t.py::a[x y]"), ("m0", "t.py::b"),
+                                                                      ("m2", "t.py::b"), ("alive", None))]
+    assert killers(file) == {}
+    write_killers(rows, file)
+    assert file.read_text() == "t.py::a[x y]\n  m1\nt.py::b\n  m0\n  m2\n"
+    assert killers(file) == {"m1": "t.py::a[x y]", "m0": "t.py::b", "m2": "t.py::b"}
+
+
 def test_the_docs_show_the_recorded_results():
     pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
     from mutation.__main__ import BEGIN, DOCS, END, recorded
@@ -173,9 +223,9 @@ def test_the_docs_show_the_recorded_results():
 
 @pytest.mark.slow
 def test_a_sample_of_all_mutants(capsys):
-    """Always the same ones, until a kernel changes. `make mutants` runs them all."""
+    """What tests have killed once, they kill still: the same ones until a kernel changes. `make mutants` runs all."""
     pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
     from mutation.__main__ import main
 
-    status = main(["--sample", "10", "--again"])
+    status = main(["--sample", "40", "--recorded", "--again", "--results", os.devnull])
     assert status == 0, capsys.readouterr().out

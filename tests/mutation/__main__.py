@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from . import survivors
 from .build import ROOT
 from .run import FOLDER, all_mutants, known, run
+from .verdicts import write_killers
 
 LEAST = 0.95  # of the mutants that behave differently
 
@@ -18,9 +19,10 @@ def main(argv=None):
     p.add_argument("--family", default="", help="a folder or a file of csrc/: random, gmm.cu")
     p.add_argument("--operator", default="", help="barrier, bound, narrow, ...")
     p.add_argument("--name", action="append", default=[], help="a mutant; may be repeated")
-    p.add_argument("--sample", type=int, default=0, help="so many, drawn at random; 0: all")
+    p.add_argument("--sample", type=int, default=0, help="so many at random, but no listed survivors; 0: all")
     p.add_argument("--seed", type=int, default=0, help="of the sample")
     p.add_argument("--jobs", type=int, default=2)
+    p.add_argument("--recorded", action="store_true", help="only those that killers.txt knows")
     p.add_argument("--again", action="store_true", help="also what earlier runs have found out")
     p.add_argument("--list", action="store_true", help="only name them")
     p.add_argument("--record", action="store_true", help="write what is known of the present sources into the docs")
@@ -33,12 +35,15 @@ def main(argv=None):
         return 0
     if a.record:
         rows, total = known()
+        write_killers(rows)
         record(rows, total, survivors.load())
         return 0
-    rows = run(a.family, a.sample, a.seed, a.jobs, a.operator, a.name, a.again, lambda t: print(t, flush=True))
+    listed = survivors.load()
+    rows = run(a.family, a.sample, a.seed, a.jobs, a.operator, a.name, a.again, listed if a.sample else (),
+               a.recorded, lambda t: print(t, flush=True))
     with open(a.results, "w") as f:
         json.dump(rows, f, indent=1)
-    return judge(rows, survivors.load(), complete=not (a.sample or a.operator or a.name or a.family))
+    return judge(rows, listed, complete=not (a.sample or a.operator or a.name or a.family))
 
 
 def judge(rows, listed, complete=False, say=print):

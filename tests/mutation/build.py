@@ -22,7 +22,7 @@ class Builder:
     """Builds in `folder`; one at a time in a folder."""
 
     def __init__(self, folder):
-        self.folder = Path(folder)
+        self.folder, self.changed = Path(folder), {}
 
     @cached_property
     def commands(self):
@@ -43,7 +43,7 @@ class Builder:
     @cached_property
     def users(self):
         """source -> objects of kernels that it goes into, in the order of the link."""
-        users, current = {}, None
+        users, current, _ = {}, None, self.commands
         for line in _ninja("-t", "deps").splitlines():
             if not line.startswith(" "):
                 current = line.split(":")[0]
@@ -51,35 +51,61 @@ class Builder:
                 users.setdefault(str((backend.BUILD / line.strip()).resolve()), []).append(current)
         return users
 
+    @cached_property
+    def behind(self):
+        """kernel -> objects that a call of <kernel>_cuda can reach."""
+        defined, wanted = {}, {}
+        for name in self.commands[0]:
+            for line in _output("nm", "-C", str(backend.BUILD / name)).splitlines():
+                kind, _, symbol = line[17:].partition(" ")
+                symbol = symbol.split("(")[0]
+                if symbol.startswith("gmk::") and kind == "T":
+                    defined.setdefault(symbol, name)
+                elif symbol.startswith("gmk::") and kind == "U":
+                    wanted.setdefault(name, set()).add(symbol)
+        reached = {}
+        for symbol, name in defined.items():
+            found, more = set(), {name}
+            while more:
+                found |= more
+                more = {defined[s] for o in more for s in wanted.get(o, ()) if s in defined} - found
+            reached[symbol.removeprefix("gmk::").removesuffix("_cuda")] = found
+        return reached
+
     def objects(self, path):
         return self.users.get(str(path), [])
 
-    def compile(self, path=None, text=None, objects=None):
-        """Objects, compiled with `text` in the place of the source at `path`: name -> bytes without debug information.
-        Raises Compiled if the compiler refuses."""
+    def plant(self, path, text):
+        """From now on `text` stands in the place of the source at `path`."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         if path is not None:
-            changed = self.folder / "csrc" / Path(path).relative_to(CSRC)
-            changed.parent.mkdir(parents=True)
-            changed.write_text(text)
+            self.changed = {Path(path): self.folder / "csrc" / Path(path).relative_to(CSRC)}
+            self.changed[path].parent.mkdir(parents=True)
+            self.changed[path].write_text(text)
+
+    def compile(self, objects):
+        """Objects: name -> bytes without debug information. Raises Compiled if the compiler refuses."""
         made = {}
-        for name in self.objects(path) if objects is None else objects:
+        for name in objects:
             source, command = self.commands[0][name]
-            source = changed if path is not None and Path(source) == Path(path) else source
             target = self.folder / Path(name).name
-            first = [command[0], f"-I{self.folder / 'csrc'}", *command[1:]]
-            done = subprocess.run([*first, *_FLAGS, "-c", str(source), "-o", str(target)], cwd=backend.BUILD,
+            command = [command[0], f"-I{self.folder / 'csrc'}", *command[1:], *_FLAGS, "-o", str(target)]
+            done = subprocess.run([*command, "-c", str(self.changed.get(Path(source), source))], cwd=backend.BUILD,
                                   capture_output=True, text=True)
             if done.returncode:
                 raise Compiled(done.stderr[:500])
-            bare = self.folder / "bare.o"
-            subprocess.run(["objcopy", "-g", "--remove-section=.comment", str(target), str(bare)], check=True)
-            made[name] = bare.read_bytes()
+            made[name] = self.bare(target)
         return made
 
+    def bare(self, target):
+        """The bytes of an object without debug information."""
+        copy = self.folder / "bare.o"
+        subprocess.run(["objcopy", "-g", "--remove-section=.comment", str(target), str(copy)], check=True)
+        return copy.read_bytes()
+
     def link(self, objects):
-        """The module, with the objects of the last compile in the place of their originals."""
+        """The module, with these objects, as compiled, in the place of their originals."""
         library = self.folder / "_simt.so"
         words = list(self.commands[1])
         for i, word in enumerate(words):
@@ -95,7 +121,10 @@ class Builder:
 
 
 def _ninja(*arguments):
-    command = [backend._NINJA, "-C", str(backend.BUILD), "--quiet", *arguments]
+    return _output(backend._NINJA, "-C", str(backend.BUILD), "--quiet", *arguments)
+
+
+def _output(*command):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

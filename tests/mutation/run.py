@@ -1,22 +1,21 @@
 """Mutants against tests: who notices what."""
 
 import hashlib
-import json
 import os
-import random
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from simt import SCHEDULES
+from simt import SCHEDULES, backend
 
 from .build import CSRC, ROOT, Builder, Compiled, sources
 from .operators import mutants
+from .tests import Tests, families_of, family_of, files_of
+from .verdicts import Cache, Present, killers
 
-TESTS = ROOT / "tests"
+OTHER_SCHEDULES = [s for s in SCHEDULES[1:] if ":" not in s]  # for what the first one lets through
+OTHERS = 20  # tests, the best ones: the detector of races needs no luck
 FOLDER = Path(os.environ.get("GMK_MUTANTS", ROOT / "build" / "mutants"))
 
 
@@ -26,130 +25,38 @@ def all_mutants(family=""):
             for m in mutants(path.name, path.read_text())]
 
 
-def tests_of(path, builder):
-    """The test files of the families that a source goes into."""
-    families = {builder.commands[0][o][0].split("/")[-2] for o in builder.objects(path)}
-    files = [f for name in sorted(families) for f in sorted(TESTS.glob(f"test_{name}*.py"))]
-    if "simt" in families and path.parent.name == "cuda":  # tests/simt/bugs.cu: the primitives' own tests
-        files.append(TESTS / "test_simt.py")
-    return files
-
-
-class Tests:
-    """The tests of one source file, in processes that are ready to run them; and what is known of each."""
-
-    def __init__(self, files, library):
-        """`library`: the emulator without a mutant."""
-        self.files, self.library = [str(f) for f in files], library
-        self.ids, self.seconds, self.kills = [], {}, {}
-        self.lock = threading.Lock()
-        self.first, self.checked = threading.Lock(), set()
-        self.idle, self.started = [], []
-
-    def start(self):
-        down, up = os.pipe(), os.pipe()
-        path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mutation.worker", str(down[0]), str(up[1]), *self.files], cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, pass_fds=(down[0], up[1]),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        os.close(down[0])
-        os.close(up[1])
-        worker = process, os.fdopen(down[1], "w"), os.fdopen(up[0])
-        first = worker[2].readline()
-        if not first:
-            raise RuntimeError(f"no tests could be collected of {self.files}:\n{process.communicate()[0]}")
-        threading.Thread(target=lambda: [None for _ in process.stdout], daemon=True).start()
-        self.ids = json.loads(first)
-        print(self.library, file=worker[1], flush=True)
-        self.started.append(worker)
-        return worker
-
-    def baseline(self, schedule=SCHEDULES[0]):
-        """Without a mutant every test passes; how long each takes."""
-        with self.first:
-            if schedule in self.checked:
-                return
-            got = self._ask(self.library, range(len(self.ids)), [30.0] * len(self.ids), schedule)
-            if got["verdict"] != "survived":
-                raise RuntimeError(f"{self.ids[got['test']]} fails without a mutant: {got['verdict']}, {schedule}")
-            for test, s in got["seconds"].items():
-                self.seconds[int(test)] = max(s, self.seconds.get(int(test), 0.01))
-            self.checked.add(schedule)
-
-    def run(self, library, schedule):
-        """A verdict. First the tests that have noticed most mutants in the least time."""
-        self.baseline(schedule)
-
-        def worth(i):
-            return (self.kills.get(i, 0) + 0.3) / (self.seconds[i] + 0.02)
-
-        order = sorted(range(len(self.ids)), key=worth, reverse=True)
-        got = self._ask(library, order, [3 + 10 * self.seconds[i] for i in order], schedule)
-        with self.lock:
-            if got["test"] is not None:
-                self.kills[got["test"]] = self.kills.get(got["test"], 0) + 1
-        return got["verdict"], self.ids[got["test"]] if got["test"] is not None else None
-
-    def _ask(self, library, order, limits, schedule):
-        with self.lock:
-            worker = self.idle.pop() if self.idle else None
-        worker = worker or self.start()
-        job = {"library": str(library), "tests": list(order), "limits": limits, "schedule": schedule}
-        print(json.dumps(job), file=worker[1], flush=True)
-        answer = json.loads(worker[2].readline())
-        with self.lock:
-            self.idle.append(worker)
-        return answer
-
-    def stop(self):
-        for process, inbox, outbox in self.started:
-            inbox.close()
-            outbox.close()
-            process.wait()
-
-
-def state_of(files):
-    """A hash of everything that a verdict depends on."""
-    digest = hashlib.sha256()
-    common = [TESTS / "conftest.py", *TESTS.glob("*cases.py"), *(TESTS / "simt").glob("*")]
-    common += (ROOT / "python").rglob("*.py")
-    for f in [*sorted(common), *files]:
-        digest.update(open(f, "rb").read() if os.path.isfile(f) else b"")
-    return digest.hexdigest()[:16]
-
-
-class Cache:
-    """Verdicts of earlier runs, one a line, for the same mutant of the same sources under the same tests."""
-
-    def __init__(self, path):
-        self.path, self.known, self.lock = path, {}, threading.Lock()
-        if path.exists():
-            for line in path.read_text().splitlines():
-                row = json.loads(line)
-                self.known[row["key"]] = row
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def add(self, key, row):
-        with self.lock, open(self.path, "a") as f:
-            f.write(json.dumps({**row, "key": key}) + "\n")
-
-
-def run(family="", sample=0, seed=0, jobs=2, operator="", names=(), again=False, say=print):
-    """[{"name", "file", "function", "operator", "line", "what", "verdict", "test", "seconds"}], a row per mutant."""
+def run(family="", sample=0, seed=0, jobs=2, operator="", names=(), again=False, listed=(), recorded=False,
+        say=print):
+    """[{"name", "file", "function", "operator", "line", "what", "verdict", "test", "seconds"}], a row per mutant.
+    `listed`: known survivors, which are not run. `recorded`: only mutants that are in killers.txt."""
+    hints = killers()
     chosen = [(p, m) for p, m in all_mutants(family)
-              if operator in ("", m.operator) and (not names or m.name in names)]
+              if operator in ("", m.operator) and (not names or m.name in names) and (not recorded or m.name in hints)]
     if sample:
-        chosen = random.Random(seed).sample(chosen, min(sample, len(chosen)))
+        drawn = set(draw([m.name for _, m in chosen], sample, seed))
+        chosen = [(p, m) for p, m in chosen if m.name in drawn]
     cache = Cache(FOLDER / "verdicts.jsonl")
     rows, began = [], time.monotonic()
     by_path = {}
     for path, m in chosen:
         by_path.setdefault(path, []).append(m)
-    for path, some in by_path.items():
-        rows += _run_file(path, some, jobs, cache, again, say)
+    ready = {}  # files of tests -> Tests
+    try:
+        for path, some in by_path.items():
+            rows += [{**_row(m), "verdict": "survived"} for m in some if m.name in listed]
+            some = [m for m in some if m.name not in listed]
+            if some:
+                rows += _File(path, jobs, cache, hints, ready, say).run(some, again)
+    finally:
+        for tests in ready.values():
+            tests.stop()
     say(f"{len(rows)} mutants, {time.monotonic() - began:.0f} s")
     return rows
+
+
+def draw(names, count, seed):
+    """A random sample that changes little when mutants come and go, and contains every smaller one."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())[:count]
 
 
 def known():
@@ -157,81 +64,140 @@ def known():
     cache, rows, total = Cache(FOLDER / "verdicts.jsonl"), [], 0
     for path in sources():
         builder = Builder(FOLDER / "0")
-        state = _state(path, builder, tests_of(path, builder))
-        names = [m.name for m in mutants(path.name, path.read_text())]
-        rows += [cache.known[f"{state} {name}"] for name in names if f"{state} {name}" in cache.known]
-        total += len(names)
+        builder.plant(None, None)
+        present = Present(path, builder, families_of(path, builder))
+        some = list(mutants(path.name, path.read_text()))
+        found = [cache.rows.get(m.name) for m in some]
+        rows += [{**row, **_row(m), "test": row["test"]} for row, m in zip(found, some, strict=True)
+                 if row and present.holds(row)]
+        total += len(some)
     return rows, total
 
 
-def _state(path, builder, files):
-    objects = set(builder.objects(path))
-    involved = [p for p, users in builder.users.items() if objects & set(users)]
-    return state_of([*files, *sorted(p for p in involved if p.startswith(str(ROOT)))])
+def _row(m):
+    return {"name": m.name, "file": m.file, "function": m.function, "operator": m.operator, "line": m.line,
+            "what": m.what, "test": None}
 
 
-def _run_file(path, some, jobs, cache, again, say):
-    builders = [Builder(FOLDER / f"{i}") for i in range(jobs)]
-    files = tests_of(path, builders[0])
-    text = path.read_text()
-    objects = builders[0].objects(path)
-    state = _state(path, builders[0], files)
-    rows = [cache.known.get(f"{state} {m.name}") for m in some]
-    rows = [None if again else row for row in rows]
-    if all(rows):
-        return rows
-    plain = Builder(FOLDER / "plain")
-    original = plain.compile(objects=objects)
-    tests = Tests(files, plain.link(original))
-    tests.idle.append(tests.start())
-    tests.baseline()
-    say(f"{path.relative_to(CSRC)}: {rows.count(None)} mutants to run, {len(rows)} in all, {len(tests.ids)} tests of "
-        f"{sum(tests.seconds.values()):.1f} s of CPU time")
-    free = list(builders)
-    lock = threading.Lock()
-    done = [len(rows) - rows.count(None)]
+class _File:
+    """The mutants of one source."""
 
-    def one(n):
-        if rows[n] is not None:
-            return
-        with lock:
-            builder = free.pop()
-        m, start = some[n], time.monotonic()
-        row = {"name": m.name, "file": m.file, "function": m.function, "operator": m.operator, "line": m.line,
-               "what": m.what, "test": None}
-        try:
-            row.update(_verdict(builder, path, m.apply(text), original, tests))
-        finally:
+    def __init__(self, path, jobs, cache, hints, ready, say):
+        self.path, self.jobs, self.cache, self.hints, self.ready, self.say = path, jobs, cache, hints, ready, say
+        self.text = path.read_text()
+        self.lines = self.text.split("\n")
+        self.plain = Builder(FOLDER / "plain")
+        self.plain.plant(None, None)
+        self.families = families_of(path, self.plain)
+        self.objects = [o for family in sorted(self.families) for o in self.of(family)]
+        self.present = Present(path, self.plain, self.families)
+
+    def run(self, some, again):
+        rows = [self.cache.rows.get(m.name) for m in some]
+        rows = [{**row, **_row(m), "test": row["test"]} if row and not again and self.present.holds(row) else None
+                for row, m in zip(rows, some, strict=True)]
+        if all(row and row["verdict"] != "survived" for row in rows):
+            return rows
+        self.original = self.plain.compile(self.objects)
+        files = tuple(files_of(self.families))
+        if files not in self.ready:
+            self.ready[files] = Tests(files, backend.module().__file__)
+        self.tests = self.ready[files]
+        # a survivor stays one until there are new tests
+        rows = [None if row and row["verdict"] == "survived" and self.present.unseen(row, self.shown(m)) else row
+                for row, m in zip(rows, some, strict=True)]
+        self.say(f"{self.path.relative_to(CSRC)}: {rows.count(None)} of {len(rows)} mutants, "
+                 f"{len(self.tests.ids)} tests")
+        self.few = rows.count(None) < 10  # not worth warming up
+        free, lock, done = [Builder(FOLDER / f"{i}") for i in range(self.jobs)], threading.Lock(), [0]
+        began = time.monotonic()
+
+        def one(n):
             with lock:
-                free.append(builder)
-                done[0] += 1
-        row["seconds"] = round(time.monotonic() - start, 2)
-        rows[n] = row
-        cache.add(f"{state} {m.name}", row)
-        if row["verdict"] == "survived" or done[0] % 50 == 0:
-            say(f"  {done[0]}/{len(rows)} {row['verdict']}: {m.name} line {m.line}: {m.what}")
+                builder = free.pop()
+            start = time.monotonic()
+            try:
+                row = {**_row(some[n]), **self.verdict(builder, some[n], again)}
+            finally:
+                with lock:
+                    free.append(builder)
+            row["seconds"] = round(time.monotonic() - start, 2)
+            row.update(self.present.depends(row, self.shown(some[n]) if row["verdict"] == "survived" else ()))
+            rows[n] = row
+            self.cache.add(row)
+            done[0] += 1
+            if row["verdict"] == "survived" or done[0] % 50 == 0:
+                self.say(f"  {done[0]}, {time.monotonic() - began:.0f} s, {row['verdict']}: {row['name']} "
+                         f"line {row['line']}: {row['what']}")
 
-    try:
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(one, range(len(some))))
-    finally:
-        tests.stop()
-    return rows
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(one, sorted((n for n, row in enumerate(rows) if row is None), key=self.survived(some))))
+        return rows
 
+    def survived(self, some):
+        """The slow ones last."""
+        return lambda n: self.cache.rows.get(some[n].name, {}).get("verdict") == "survived"
 
-def _verdict(builder, path, text, original, tests):
-    try:
-        objects = builder.compile(path, text)
-        if objects == original:
+    def verdict(self, builder, m, again):
+        before = self.cache.rows.get(m.name)
+        hint = (before or {}).get("test") or self.hints.get(m.name)
+        hint = hint if hint in self.tests.number else None
+        shown = self.shown(m)
+        if before and before["verdict"] == "survived" and not again and self.present.holds(before):
+            shown = self.present.unseen(before, shown)
+        builder.plant(self.path, m.apply(self.text))
+        made, families = {}, sorted(self.families, key=self.size)
+        if hint:
+            families.sort(key=lambda f: f != family_of(hint, self.families))
+        try:
+            # One after the other: most mutants are killed before all is compiled. All device functions are inlined
+            # (GMK_DEV, GMK_HD), so no object has the code of another one's.
+            for family in families:
+                made.update(builder.compile(self.of(family)))
+                library, changed = self.link(builder, made)
+                changed = set(changed) & set(self.of(family))
+                if changed and hint and family == families[0]:
+                    verdict, test = self.tests.run(library, SCHEDULES[0], [hint], m.function)
+                    if test:
+                        return {"verdict": verdict, "test": test}
+                if changed:
+                    names = self.reach(shown, changed)
+                    verdict, test = self.tests.run(library, SCHEDULES[0], names, m.function)
+                    if test:
+                        return {"verdict": verdict, "test": test}
+        except Compiled:
+            return {"verdict": "invalid"}
+        if library is None:
             return {"verdict": "same code"}
-        library = builder.link([o for o in objects if objects[o] != original[o]])
-    except Compiled:
-        return {"verdict": "invalid"}
-    for schedule in SCHEDULES:  # the others, for what the first one lets through
-        verdict, test = tests.run(library, schedule)
-        if verdict != "survived":
-            return {"verdict": verdict, "test": test, **({} if schedule == SCHEDULES[0] else {"schedule": schedule})}
-    return {"verdict": "survived"}
+        names = self.reach(shown, [o for o in made if made[o] != self.original[o]])
+        names = self.tests.best(names, m.function)[:OTHERS]
+        for schedule in OTHER_SCHEDULES:
+            verdict, test = self.tests.run(library, schedule, names, m.function)
+            if test:
+                return {"verdict": verdict, "test": test, "schedule": schedule}
+        return {"verdict": "survived"}
 
+    def shown(self, m):
+        """The tests that a mutant meets: those of many gigabytes only if it may lose the high half of an index."""
+        huge = m.operator == "narrow" or ">> 32" in self.lines[m.line - 1]
+        return [t for t in self.tests.ids if huge or "_huge.py::" not in t]
 
+    def reach(self, names, changed):
+        """Those of the tests that call a kernel in one of the changed objects."""
+        if self.few:
+            return names
+        called, behind = self.tests.warm(), self.plain.behind
+        objects = {t: set().union(*(behind.get(kernel, self.objects) for kernel in called.get(t, ())))
+                   for t in names}
+        return [t for t in names if t not in called or objects[t] & set(changed)]
 
+    def of(self, family):
+        return [o for o in self.plain.objects(self.path) if self.plain.commands[0][o][0].split("/")[-2] == family]
+
+    def size(self, family):
+        return sum(len(self.original[o]) for o in self.of(family))
+
+    def link(self, builder, made):
+        """The module with the objects that have changed, or None if there are none; and these."""
+        changed = [o for o in made if made[o] != self.original[o]]
+        return (builder.link(changed) if changed else None), changed

@@ -1,9 +1,13 @@
-"""A pytest process that has collected the tests once, and runs them again for each mutant in a fork of itself.
+"""A pytest process that has collected the tests once, and runs some of them for each mutant in a fork of itself.
 
-Started by run.py as `python -m mutation.worker <file descriptor in> <out> <tests...>`. It writes the ids of its tests;
-reads the path of the emulator without a mutant, and runs all tests once, so that a fork inherits what torch does at a
-first call; then reads a job a line, {"library", "tests": [numbers, in order], "limits": [CPU seconds],
-"schedule"}, and answers {"verdict", "test", "seconds": {number: CPU seconds}}.
+Started by tests.py as `python -m mutation.worker <file descriptor in> <out> <tests...>`. It writes the ids of its
+tests; then it reads a job a line, {"id", "library", "tests": [numbers, in order], "limits": [CPU seconds],
+"schedule"}, and answers {"id", "verdict", "test", "seconds": {number: CPU seconds}} when it is done, several jobs at a
+time. The job {"warm": library} runs all tests once in the process itself, so that later forks inherit what torch does
+at a first call; it answers which kernels each of them calls.
+
+Time is CPU time, and memory is counted: a machine that is busy or a process that is stopped for a while changes no
+verdict.
 """
 
 import importlib.util
@@ -13,19 +17,20 @@ import resource
 import select
 import signal
 import sys
-import time
 
 import pytest
 import torch
 from _pytest.runner import runtestprotocol
 
-CLOCK = os.sysconf("SC_CLK_TCK")
-MOST_WALL = 20  # seconds of a test that does not even compute: it waits for itself
+CLOCK, PAGE = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+TICK = 0.2  # seconds between two looks at the children
+MOST_IDLE = 100  # looks at a test that sleeps, and has not computed since the look before: it waits for itself
+MOST_MEMORY = 3 << 30
 
 
 class Worker:
     def __init__(self, inbox, outbox):
-        self.inbox, self.outbox = os.fdopen(inbox), os.fdopen(outbox, "w")
+        self.inbox, self.outbox = inbox, os.fdopen(outbox, "w")
         self.causes = {}
 
     def say(self, message):
@@ -46,27 +51,45 @@ class Worker:
         self.say([item.nodeid for item in session.items])
         torch.set_num_threads(1)  # libgomp's threads do not survive a fork
         torch.set_num_threads = lambda n: None
-        _use(self.inbox.readline().strip())
-        for item, following in zip(session.items, [*session.items[1:], None], strict=True):
-            runtestprotocol(item, log=False, nextitem=following)
-        for line in self.inbox:
-            self.say(self.job(session.items, json.loads(line)))
+        self.serve(session.items)
         return True
 
-    def job(self, items, job):
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(read)
-            try:
-                self.run(items, job, os.fdopen(write, "w"))
-            finally:
-                os._exit(0)
-        os.close(write)
-        try:
-            return self.watch(child, read, job)
-        finally:
-            os.close(read)
+    def serve(self, items):
+        children, text, is_open = {}, "", True
+        while is_open or children:
+            ready = select.select([*children, *([self.inbox] if is_open else [])], [], [], TICK)[0]
+            if self.inbox in ready:
+                data = os.read(self.inbox, 1 << 20).decode()
+                is_open = bool(data)
+                text += data
+                while "\n" in text:
+                    line, text = text.split("\n", 1)
+                    job = json.loads(line)
+                    if "warm" in job:
+                        self.warm(items, job["warm"])
+                    else:
+                        child = Child(self, items, job)
+                        children[child.pipe] = child
+            for pipe, child in list(children.items()):
+                answer = child.look(pipe in ready)
+                if answer:
+                    del children[pipe]
+                    self.say(answer)
+
+    def warm(self, items, library):
+        from simt import backend
+
+        _use(library)
+        called, call = {}, backend._run
+        backend._run = lambda options, name, *a: (names.add(name), call(options, name, *a))[1]
+        chosen = [(i, item) for i, item in enumerate(items) if "_huge.py::" not in item.nodeid]
+        for (i, item), (_, following) in zip(chosen, [*chosen[1:], (None, None)], strict=True):
+            names = set()
+            _again(item)
+            runtestprotocol(item, log=False, nextitem=following)
+            called[i] = sorted(names)
+        backend._run = call
+        self.say({"id": "warm", "called": called})
 
     def run(self, items, job, out):
         """In the child."""
@@ -77,7 +100,7 @@ class Worker:
         for item, following, number in zip(order, [*order[1:], None], job["tests"], strict=True):
             out.write(f"start {number}\n")
             out.flush()
-            item._initrequest()  # it has run before
+            _again(item)
             reports = runtestprotocol(item, log=False, nextitem=following)
             if any(r.failed for r in reports):
                 out.write(f"failed {self.causes[item]}\n")
@@ -86,41 +109,74 @@ class Worker:
         out.write("passed\n")
         out.flush()
 
-    def watch(self, child, read, job):
-        limits = dict(zip(job["tests"], job["limits"], strict=True))
-        seconds, text, current, began, wall = {}, "", None, 0.0, time.monotonic()
+
+class Child:
+    """A fork of the worker with a mutant, and what is known of it."""
+
+    def __init__(self, worker, items, job):
+        self.job, self.limits = job, dict(zip(job["tests"], job["limits"], strict=True))
+        self.pipe, write = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                worker.run(items, job, os.fdopen(write, "w"))
+            finally:
+                os._exit(0)
+        os.close(write)
+        self.seconds, self.text, self.current, self.began, self.cpu, self.idle = {}, "", None, 0.0, 0.0, 0
+
+    def look(self, ready):
+        """The answer, or None while there is none."""
+        data = os.read(self.pipe, 65536).decode() if ready else None
+        state, cpu, memory = _process(self.pid)
+        self.idle = self.idle + 1 if state == "S" and cpu == self.cpu and not ready else 0
+        self.cpu = cpu
+        verdict = self.read(data or "")
+        if verdict is None and data == "":
+            verdict = "crash"
+        if verdict is None and self.current is not None and cpu - self.began > self.limits[self.current]:
+            verdict = "timeout"
+        if verdict is None and self.idle > MOST_IDLE:
+            verdict = "timeout waiting"
+        if verdict is None and memory > MOST_MEMORY:
+            verdict = "memory"
+        return verdict and self.end(verdict)
+
+    def read(self, data):
+        self.text += data
         verdict = None
-        while verdict is None:
-            ready = select.select([read], [], [], 0.2)[0]
-            data = os.read(read, 65536).decode() if ready else None
-            cpu = _cpu(child)
-            if data == "":
-                verdict = "crash"
-                break
-            text += data or ""
-            while "\n" in text:
-                line, text = text.split("\n", 1)
-                word, _, rest = line.partition(" ")
-                if current is not None:
-                    seconds[current] = cpu - began
-                if word == "start":
-                    current, began, wall = int(rest), cpu, time.monotonic()
-                else:
-                    verdict = rest if word == "failed" else "survived"
-            if verdict is None and current is not None and (
-                    cpu - began > limits[current] or time.monotonic() - wall > MOST_WALL + 3 * limits[current]):
-                verdict = "timeout"
-                os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
+        while "\n" in self.text:
+            line, self.text = self.text.split("\n", 1)
+            word, _, rest = line.partition(" ")
+            if self.current is not None:
+                self.seconds[self.current] = round(self.cpu - self.began, 3)
+            if word == "start":
+                self.current, self.began = int(rest), self.cpu
+            else:
+                verdict = rest if word == "failed" else "survived"
+        return verdict
+
+    def end(self, verdict):
+        os.kill(self.pid, signal.SIGKILL)  # of a zombie: nothing
+        status = os.waitpid(self.pid, 0)[1]
+        os.close(self.pipe)
         if verdict == "crash" and os.WIFSIGNALED(status):
             verdict = f"crash {signal.Signals(os.WTERMSIG(status)).name}"
-        return {"verdict": verdict, "test": current if verdict != "survived" else None, "seconds": seconds}
+        test = self.current if verdict != "survived" else None
+        return {"id": self.job["id"], "verdict": verdict, "test": test, "seconds": self.seconds}
 
 
-def _cpu(pid):
+def _again(item):
+    item._initrequest()  # it may have run before
+
+
+def _process(pid):
+    """State, CPU seconds, and bytes in memory that are not a file's."""
     with open(f"/proc/{pid}/stat") as f:
         fields = f.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / CLOCK
+    with open(f"/proc/{pid}/statm") as f:
+        _, resident, shared, *_ = map(int, f.read().split())
+    return fields[0], (int(fields[11]) + int(fields[12])) / CLOCK, (resident - shared) * PAGE
 
 
 def _cause(error):
