@@ -183,13 +183,15 @@ def test_habits():
     ({"loc": torch.zeros(3), "scale": torch.ones(3, 2)}, ValueError, "loc must be"),
 ], ids=str)
 def test_errors(arguments, error, text):
-    arguments = {"logits": torch.zeros(3), "loc": torch.zeros(3, 2), **arguments}
+    # said, because torch.compile turns the default off for the whole process
+    arguments = {"logits": torch.zeros(3), "loc": torch.zeros(3, 2), "validate_args": True, **arguments}
     with pytest.raises(error, match=text):
         GaussianMixture(**arguments)
 
 
 def test_value_errors():
-    ours = next(forms((4,)))[0]
+    logits, loc, covariance = parts((4,))
+    ours = GaussianMixture(logits, loc, covariance_matrix=covariance, validate_args=True)
     for value in (cases.data(DIM + 1), cases.data(3, DIM), torch.full((4, DIM), math.nan, dtype=F64)):
         with pytest.raises(ValueError):
             ours.log_prob(value)

@@ -50,8 +50,8 @@ class GaussianMixture(Distribution):
     torch's own generator, and gives the same numbers on every device. Samples carry no gradient (``has_rsample`` is
     False: the component is discrete).
 
-    Errors: ``ValueError`` for shapes, for none or several parametrisations, and (``validate_args``, on by default) for
-    values outside their domain.
+    Errors: ``ValueError`` for shapes, for none or several parametrisations, and (``validate_args``, on by default until
+    the first ``torch.compile`` of the process turns torch's default off) for values outside their domain.
 
     >>> mixture = GaussianMixture(torch.zeros(3), torch.randn(3, 2), scale=torch.ones(3, 2))
     >>> mixture.log_prob(mixture.sample((5,))).shape
