@@ -8,6 +8,8 @@ import torch
 
 from gmkernels import _call
 
+rehearsal = False  # gpu/rehearse.py: the device "cuda" is the CPU, with the kernels of the CPU
+
 FLOATS = (torch.float32, torch.float64)
 ALL_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 2, 3, 7, 15, 16, 17, 31, 33, 127)  # around SIMD words and warps, and primes

@@ -469,6 +469,7 @@ def test_components_without_weight(device, covariance_type, n):
             assert torch.equal(g[1], torch.zeros_like(g[1]))
     args[1][:] = -INF
     args[2][1] = 0
+    args[0][0] = NAN  # means nothing without a component
     if covariance_type != "tied":
         args[3][1] = 1
     lp, grads = run(args, covariance_type, torch.ones(n, dtype=F64, device=device.torch))

@@ -18,7 +18,7 @@ layouts = pytest.mark.parametrize("nhwc", [False, True], ids=["nchw", "nhwc"])
 
 @pytest.fixture(autouse=True)
 def _only_cuda_kernels(device):
-    if device.name == "cpu":
+    if device.name == "cpu" or (cases.rehearsal and not device.simt):
         pytest.skip("of the CUDA kernels")
 
 

@@ -56,10 +56,7 @@ static void tile_log_prob(T* out, T* lp, const T* x, int64_t stride, int words, 
           nan |= e != e;
           inf |= e == T(INFINITY) || e == T(-INFINITY);
         }
-        if (nan)
-          r[l] = T(NAN);
-        else if (inf)
-          r[l] = T(-INFINITY);
+        if (inf && !nan) r[l] = T(-INFINITY);  // a NaN has reached r, if there is any component
       }
     store(out + u * n, r);
   }

@@ -139,7 +139,7 @@ GMK_INLINE typename simd<T>::v row_log_prob(const Word<T>& w, int64_t row) {
     if (odd[l] != odd[l]) {
       bool nan = false;
       for (int64_t j = 0; j < d; ++j) nan |= f.x[(row * d + j) * n + l] != f.x[(row * d + j) * n + l];
-      r[l] = nan ? T(NAN) : T(-INFINITY);
+      if (!nan) r[l] = T(-INFINITY);  // a NaN has reached r, if there is any component
     }
   return r;
 }

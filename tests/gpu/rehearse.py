@@ -9,6 +9,8 @@ where only a GPU goes, a shape that takes minutes, is found here and not in a GP
 import torch
 from torch.overrides import TorchFunctionMode
 
+import cases
+
 
 def _here(value):
     if isinstance(value, torch.device) and value.type == "cuda":
@@ -31,6 +33,7 @@ def pytest_configure(config):
     torch.cuda.is_available = lambda: True
     torch.cuda.synchronize = lambda device=None: None
     _C.with_cuda = True
+    cases.rehearsal = True
     config.on_cpu = OnCpu()
     config.on_cpu.__enter__()
 
