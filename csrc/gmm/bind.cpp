@@ -31,7 +31,7 @@ static GmmLogProbBackward gmm_log_prob_backward(Address grad_x, Address grad_log
   a.grad_x = pointer(grad_x, need_x ? b * n * d : 0, "grad_x");
   a.grad_log_weights = pointer(grad_log_weights, need_parameters ? b * k : 0, "grad_log_weights");
   a.grad_means = pointer(grad_means, need_parameters ? b * k * d : 0, "grad_means");
-  const int64_t matrices = need_parameters ? b * matrix_numbers(k, d, covariance) : 0;
+  const int64_t matrices = need_parameters ? b * covariance_numbers(k, d, covariance) : 0;
   a.grad_precisions = pointer(grad_precisions, matrices, "grad_precisions");
   a.prepared = pointer(scratch, prepared_bytes + scratch_bytes, "scratch");
   a.prepared_bytes = prepared_bytes;
@@ -52,7 +52,7 @@ static GmmSample gmm_sample(Address out, Address component, Address cdf, Address
   a.cdf = pointer<double>(cdf, b * k, "cdf");
   a.seeds = optional_pointer<int64_t>(seeds);
   a.means = pointer(means, b * k * d, "means");
-  a.precisions = pointer(precisions, b * matrix_numbers(k, d, covariance), "precisions_cholesky");
+  a.precisions = pointer(precisions, b * covariance_numbers(k, d, covariance), "precisions_cholesky");
   a.cdf_stride = strides[0].cast<int64_t>();
   a.means_stride = strides[1].cast<int64_t>();
   a.precisions_stride = strides[2].cast<int64_t>();

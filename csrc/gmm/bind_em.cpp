@@ -38,7 +38,7 @@ static GmmMStep gmm_m_step(Address weights, Address log_weights, Address means, 
                            Address status, Address sums, Address shift, int64_t b, int64_t k, int64_t d, int covariance,
                            double reg_covar, int dtype) {
   GmmMStep a{};
-  const int64_t matrices = b * em_second_numbers(k, d, covariance);
+  const int64_t matrices = b * covariance_numbers(k, d, covariance);
   a.weights = pointer(weights, b * k, "weights");
   a.log_weights = pointer(log_weights, b * k, "log_weights");
   a.means = pointer(means, b * k * d, "means");

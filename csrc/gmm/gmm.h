@@ -12,6 +12,18 @@ namespace gmk {
 
 enum CovarianceType : int { kFull = 0, kTied = 1, kDiag = 2, kSpherical = 3 };
 
+// Numbers in the covariances, and in precisions_cholesky, of one mixture.
+GMK_HD int64_t covariance_numbers(int64_t k, int64_t d, int covariance) {
+  return covariance == kFull ? k * d * d : covariance == kTied ? d * d : covariance == kDiag ? k * d : k;
+}
+// Where P[i][j] of component c lies; "diag" and "spherical" have only i = j.
+GMK_HD int64_t precision_at(int covariance, int64_t d, int64_t c, int64_t i, int64_t j) {
+  return covariance == kFull   ? (c * d + i) * d + j
+         : covariance == kTied ? i * d + j
+         : covariance == kDiag ? c * d + j
+                               : c;
+}
+
 struct GmmInputs {
   const void* x;            // [n, d] of each mixture
   const void* log_weights;  // [k]

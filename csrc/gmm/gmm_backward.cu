@@ -159,11 +159,7 @@ template <class T>
 __global__ void __launch_bounds__(kRows) gmm_grad_parameters_kernel(GmmLogProbBackward a) {
   const GmmInputs& in = a.in;
   const int64_t count = statistics(in), k = in.k, d = in.d;
-  const int64_t matrix = in.covariance == kFull   ? k * d * d
-                         : in.covariance == kTied ? d * d
-                         : in.covariance == kDiag ? k * d
-                                                  : k;
-  const int64_t per = k + k * d + matrix;
+  const int64_t matrix = covariance_numbers(k, d, in.covariance), per = k + k * d + matrix;
   for (int64_t job = int64_t(blockIdx.x) * kRows + threadIdx.x; job < in.b * per; job += int64_t(gridDim.x) * kRows) {
     const int64_t b = job / per;
     int64_t i = job % per;

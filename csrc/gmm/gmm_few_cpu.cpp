@@ -18,12 +18,7 @@ struct Few {  // words of lanes: element i of a tensor at p + i * simd<T>::n
   T *x, *log_weights, *means, *precisions, *constants, *lp, *t, *y;
   T *grad, *log_prob, *grad_x, *grad_log_weights, *grad_means, *grad_precisions;
 };
-GMK_INLINE int64_t matrix_size(const GmmInputs& in) {
-  return in.covariance == kFull   ? in.k * in.d * in.d
-         : in.covariance == kTied ? in.d * in.d
-         : in.covariance == kDiag ? in.k * in.d
-                                  : in.k;
-}
+GMK_INLINE int64_t matrix_size(const GmmInputs& in) { return covariance_numbers(in.k, in.d, in.covariance); }
 // Where each tensor lies behind `at`; the words in all.
 template <class T>
 GMK_INLINE int64_t few_words(const GmmInputs& in, bool backward, T* at, Few<T>* few) {
@@ -78,30 +73,19 @@ struct Word {
   (void)n, (void)d, (void)f
 #define GMK_AT(p, i) load((p) + (i) * n)
 
-template <class T>
-GMK_INLINE int64_t precision_of(const GmmInputs& in, int64_t c, int64_t i, int64_t j) {
-  return in.covariance == kFull   ? (c * in.d + i) * in.d + j
-         : in.covariance == kTied ? i * in.d + j
-         : in.covariance == kDiag ? c * in.d + j
-                                  : c;
-}
-
 // constants[c] = log weight + log|det P| - d/2 log 2 pi
 template <class T>
-static void constants(const Word<T>& w) {
+static void constants(const Word<T>& w, int64_t first, int64_t count) {
   GMK_WORD;
   for (int64_t c = 0; c < in.k; ++c) {
     double sum[n];
     for (int l = 0; l < n; ++l) sum[l] = double(f.log_weights[c * n + l]) - 0.91893853320467274178 * double(d);
     for (int64_t j = 0; j < d; ++j) {
-      const v p = GMK_AT(f.precisions, precision_of<T>(in, c, j, j)), log_abs = vlog(vmax(p, -p));
+      const v p = GMK_AT(f.precisions, precision_at(in.covariance, d, c, j, j)), log_abs = vlog(vmax(p, -p));
       for (int l = 0; l < n; ++l) sum[l] += double(log_abs[l]);
     }
-    for (int l = 0; l < n; ++l) {  // a component that is left out may hold NaN
-      bool out = f.log_weights[c * n + l] == T(-INFINITY);
-      for (int64_t j = 0; j < d; ++j) out |= f.precisions[precision_of<T>(in, c, j, j) * n + l] == T(0);
-      f.constants[c * n + l] = out ? T(-INFINITY) : T(sum[l]);
-    }
+    for (int l = 0; l < n; ++l)
+      f.constants[c * n + l] = l < count && left_out<T>(in, first + l, c) ? T(-INFINITY) : T(sum[l]);
   }
 }
 
@@ -114,7 +98,7 @@ GMK_INLINE typename simd<T>::v component(const Word<T>& w, int64_t row, int64_t 
   for (int64_t j = 0; j < d; ++j) {
     v y{};
     for (int64_t i = w.matrix ? 0 : j; i <= j; ++i)
-      y = madd(GMK_AT(f.t, i), GMK_AT(f.precisions, precision_of<T>(in, c, i, j)), y);
+      y = madd(GMK_AT(f.t, i), GMK_AT(f.precisions, precision_at(in.covariance, d, c, i, j)), y);
     store(f.y + j * n, y);
     square = madd(y, y, square);
   }
@@ -155,16 +139,16 @@ GMK_INLINE void add_gradients(const Word<T>& w, int64_t row, int64_t c, typename
   for (int64_t i = 0; i < d; ++i) {
     v pull{};  // (P y)_i
     for (int64_t j = i; j < (w.matrix ? d : i + 1); ++j)
-      pull = madd(GMK_AT(f.precisions, precision_of<T>(in, c, i, j)), GMK_AT(f.y, j), pull);
+      pull = madd(GMK_AT(f.precisions, precision_at(in.covariance, d, c, i, j)), GMK_AT(f.y, j), pull);
     pull = kept(pull * weight);
     if (need_x) store(f.grad_x + (row * d + i) * n, GMK_AT(f.grad_x, row * d + i) - pull);
     if (!need_parameters) continue;
     store(f.grad_means + (c * d + i) * n, GMK_AT(f.grad_means, c * d + i) + pull);
     const v t = GMK_AT(f.t, i);
     for (int64_t j = i; j < (w.matrix ? d : i + 1); ++j) {
-      T* const to = f.grad_precisions + precision_of<T>(in, c, i, j) * n;
+      T* const to = f.grad_precisions + precision_at(in.covariance, d, c, i, j) * n;
       v g = weight * t * GMK_AT(f.y, j);
-      if (i == j) g -= weight / GMK_AT(f.precisions, precision_of<T>(in, c, i, i));
+      if (i == j) g -= weight / GMK_AT(f.precisions, precision_at(in.covariance, d, c, i, i));
       store(to, load(to) - kept(g));
     }
   }
@@ -207,7 +191,7 @@ Status run(const GmmInputs& in, T* log_prob, const GmmLogProbBackward* back, int
     load_lanes(f.log_weights, in.log_weights, in.weights_stride, first, count, in.k);
     load_lanes(f.means, in.means, in.means_stride, first, count, in.k * in.d);
     load_lanes(f.precisions, in.precisions, in.precisions_stride, first, count, size);
-    constants(w);
+    constants(w, first, count);
     if (!back) {
       for (int64_t row = 0; row < in.n; ++row) {
         const auto r = row_log_prob(w, row);

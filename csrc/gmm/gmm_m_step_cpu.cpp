@@ -236,11 +236,11 @@ static void finish(const GmmMStep& a, const View& v, int64_t b, double* weights)
   const int64_t k = a.k, d = a.d;
   T* const means = (T*)a.means + b * k * d;
   const int64_t per = a.covariance == kFull ? d * d : a.covariance == kDiag ? d : 1;  // of one component
-  T* const covariances = (T*)a.covariances + b * em_second_numbers(k, d, a.covariance);
-  T* const precisions = (T*)a.precisions + b * em_second_numbers(k, d, a.covariance);
+  T* const covariances = (T*)a.covariances + b * covariance_numbers(k, d, a.covariance);
+  T* const precisions = (T*)a.precisions + b * covariance_numbers(k, d, a.covariance);
   uint8_t* const status = a.status + b * k;
   if (v.nothing) {
-    const int64_t numbers = em_second_numbers(k, d, a.covariance);
+    const int64_t numbers = covariance_numbers(k, d, a.covariance);
     const bool matrix = a.covariance == kFull || a.covariance == kTied;
     for (int64_t i = 0; i < numbers; ++i)
       covariances[i] = precisions[i] = T(!matrix || (i % (d * d)) % (d + 1) == 0 ? 1 : 0);

@@ -10,15 +10,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kBlocks = 5;  // of a multiprocessor, at least: without it ptxas spills to stay at 64 registers
 
-// P[i][j] of component c, i <= j; "diag" and "spherical" have only i = j.
-template <class T>
-GMK_DEV T precision(const T* p, const GmmSample& a, int64_t c, int64_t i, int64_t j) {
-  return a.covariance == kFull   ? p[(c * a.d + i) * a.d + j]
-         : a.covariance == kTied ? p[i * a.d + j]
-         : a.covariance == kDiag ? p[c * a.d + j]
-                                 : p[c];
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks) gmm_sample_kernel(GmmSample a) {
   const int64_t rows = a.b * a.n, stride = int64_t(gridDim.x) * kThreads, d = a.d;
@@ -48,8 +39,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) gmm_sample_kernel(GmmSample
         if (f < 0 || f >= d) continue;
         T t = T(z[i]);
         if (matrix)
-          for (int64_t g = 0; g < f; ++g) t -= out[g] * precision(p, a, c, g, f);
-        out[f] = t / precision(p, a, c, f, f);
+          for (int64_t g = 0; g < f; ++g) t -= out[g] * p[precision_at(a.covariance, d, c, g, f)];
+        out[f] = t / p[precision_at(a.covariance, d, c, f, f)];
       }
     }
     for (int64_t f = 0; f < d; ++f) out[f] = mean[f] + out[f];

@@ -47,20 +47,6 @@ static void matrix_gradient(T* out, const double* second, double mass, const T* 
     }
 }
 
-// A component without weight, or whose P is singular: its gradients are 0, whatever else it holds.
-template <class T>
-GMK_INLINE bool left_out(const GmmInputs& in, int64_t b, int64_t c) {
-  if (((const T*)in.log_weights)[b * in.weights_stride + c] == T(-INFINITY)) return true;
-  const T* const p = (const T*)in.precisions + b * in.precisions_stride;
-  bool zero = false;
-  for (int64_t f = 0; f < in.d; ++f)
-    zero |= (in.covariance == kFull   ? p[(c * in.d + f) * in.d + f]
-             : in.covariance == kTied ? p[f * in.d + f]
-             : in.covariance == kDiag ? p[c * in.d + f]
-                                      : p[c]) == T(0);
-  return zero;
-}
-
 // The statistics of component c, all groups added, into its gradients.
 template <class T>
 static void finish_component(const GmmLogProbBackward& a, const Layout& s, int64_t b, int64_t c, double* sums) {
@@ -71,7 +57,7 @@ static void finish_component(const GmmLogProbBackward& a, const Layout& s, int64
   T* const grad_mean = (T*)a.grad_means + (b * k + c) * d;
   ((T*)a.grad_log_weights)[b * k + c] = T(first[0]);
   if (left_out<T>(in, b, c)) {
-    const int64_t matrix = in.covariance == kFull ? d * d : in.covariance == kDiag ? d : in.covariance == kTied ? 0 : 1;
+    const int64_t matrix = s.tied ? 0 : covariance_numbers(1, d, in.covariance);
     memset(grad_mean, 0, size_t(d) * sizeof(T));
     memset((T*)a.grad_precisions + (b * k + c) * matrix, 0, size_t(matrix) * sizeof(T));
     return;

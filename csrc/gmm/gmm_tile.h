@@ -113,6 +113,16 @@ GMK_INLINE void store_tile(T* x, const T* tile, int64_t stride, int64_t rows, in
 
 GMK_INLINE bool matrix_covariance(int covariance) { return covariance == kFull || covariance == kTied; }
 
+// A component of no weight, or with a zero on the diagonal of P, does not count, whatever else it holds.
+template <class T>
+GMK_INLINE bool left_out(const GmmInputs& in, int64_t b, int64_t c) {
+  if (((const T*)in.log_weights)[b * in.weights_stride + c] == T(-INFINITY)) return true;
+  const T* const p = (const T*)in.precisions + b * in.precisions_stride;
+  for (int64_t f = 0; f < in.d; ++f)
+    if (p[precision_at(in.covariance, in.d, c, f, f)] == T(0)) return true;
+  return false;
+}
+
 // One mixture, ready for the tiles.
 template <class T>
 struct Mixture {
@@ -136,8 +146,6 @@ GMK_INLINE T sum_log_abs(const T* p, int64_t step, int64_t count, T* work) {
   constexpr int n = simd<T>::n;
   for (int64_t f = 0; f < count; ++f) work[f] = p[f * step] < 0 ? -p[f * step] : p[f * step];
   double sum = 0;
-  for (int64_t f = 0; f < count; ++f)
-    if (work[f] == 0) return T(-INFINITY);  // whatever the others hold: the component is left out
   for (int64_t f = 0; f < count; f += n) {
     const int64_t some = count - f < n ? count - f : n;
     const auto logs = vlog(load_some(work + f, some));
@@ -174,8 +182,8 @@ static Mixture<T> prepare(const GmmInputs& in, int64_t b, T* scratch) {
       for (int64_t f = 0; f < d; ++f) m.scales[c * d + f] = in.covariance == kDiag ? p[c * d + f] : p[c];
       log_det = sum_log_abs(m.scales + c * d, 1, d, work);
     }
-    const bool out = log_weights[c] == T(-INFINITY) || log_det == T(-INFINITY);  // P may be NaN then
-    m.constants[c] = out ? T(-INFINITY) : T(double(log_weights[c]) + double(log_det) - double(d) * half_log_2pi);
+    m.constants[c] =
+        left_out<T>(in, b, c) ? T(-INFINITY) : T(double(log_weights[c]) + double(log_det) - double(d) * half_log_2pi);
   }
   if (matrix) return m;
   for (int64_t f = 0; f < d; ++f) {

@@ -6,20 +6,10 @@ from torch.distributions.utils import lazy_property
 
 from . import ops
 from ._call import check_same_dtype
+from ._factors import cholesky_of_precisions, covariances_of, factors_of_scale_tril
 from .reference.gmm import gmm_component_log_prob
 
 __all__ = ["GaussianMixture"]
-
-
-def _triangular_inverse_t(lower):
-    """L^-T of a lower triangular L: upper triangular."""
-    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, eye.expand(lower.shape), upper=False).mT
-
-
-def _upper_cholesky(matrix):
-    """Upper triangular U with U U^T = matrix: the Cholesky factor of the matrix read backwards."""
-    return torch.linalg.cholesky(matrix.flip(-1, -2)).flip(-1, -2)
 
 
 _CONSTRAINTS = {
@@ -101,9 +91,9 @@ class GaussianMixture(Distribution):
             spherical = form.shape[-1] == 1 and d != 1
             return ("spherical", form[..., 0].reciprocal()) if spherical else ("diag", form.reciprocal())
         if self._form == "precision_matrix":
-            p = _upper_cholesky(form)
+            p = cholesky_of_precisions(form, "full")
         else:
-            p = _triangular_inverse_t(torch.linalg.cholesky(form) if self._form == "covariance_matrix" else form)
+            p = factors_of_scale_tril(torch.linalg.cholesky(form) if self._form == "covariance_matrix" else form)
         tied = form.shape[-3] == 1 and self.loc.shape[-2] != 1
         return ("tied", p[..., 0, :, :]) if tied else ("full", p)
 
@@ -198,13 +188,14 @@ class GaussianMixture(Distribution):
     @lazy_property
     def _covariances(self):
         """[..., k, d, d]"""
-        p, d = self._precisions, self.event_shape[0]
-        if self._covariance_type in ("full", "tied"):
-            root = _triangular_inverse_t(p.triu().mT)  # P^-1, upper
-            covariance = root.mT @ root
-            return covariance if self._covariance_type == "full" else covariance[..., None, :, :]
-        scale = p.reciprocal() if self._covariance_type == "diag" else p.reciprocal()[..., None].expand(*p.shape, d)
-        return torch.diag_embed(scale.square())
+        covariances, d = covariances_of(self._precisions, self._covariance_type), self.event_shape[0]
+        if self._covariance_type == "full":
+            return covariances
+        if self._covariance_type == "tied":
+            return covariances[..., None, :, :]
+        if self._covariance_type == "spherical":
+            covariances = covariances[..., None].expand(*covariances.shape, d)
+        return torch.diag_embed(covariances)
 
     @property
     def mean(self):

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from sklearn.base import clone
 
+from .._factors import cholesky_of_precisions, covariances_of, factors_of_scale_tril
 from . import _missing
-from ._start import cholesky_of_precisions, covariances_of
 
 
 def _index(estimator, feature):
@@ -62,8 +62,7 @@ def marginal(estimator, features):
     covariances, kind = p.covariances, estimator.covariance_type
     if kind in ("full", "tied"):
         covariances = covariances_of(p.precisions_cholesky, kind)[..., index, :][..., index]
-        lower = torch.linalg.cholesky(covariances)
-        factors = torch.linalg.solve_triangular(lower, torch.eye(len(index)).to(lower), upper=False).mT
+        factors = factors_of_scale_tril(torch.linalg.cholesky(covariances))
     else:
         covariances = covariances[:, index] if kind == "diag" else covariances
         factors = p.precisions_cholesky[:, index] if kind == "diag" else p.precisions_cholesky

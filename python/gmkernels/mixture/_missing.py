@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from .. import ops
-from ._start import covariances_of
+from .._factors import covariances_of
+from ..reference.gmm import covariance_shape
 
 _MATRICES = 1 << 20  # numbers of a batch's factorised matrices
 _ROWS = 1 << 20  # numbers of a batch's rows, times components
@@ -142,7 +143,7 @@ def statistics(patterns, weights, parameters, shift):
     mixture = Mixture(parameters)
     kind, (k, d) = mixture.kind, mixture.means.shape
     nk, s1 = shift.new_zeros(k), shift.new_zeros(k, d)
-    s2 = shift.new_zeros({"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[kind])
+    s2 = shift.new_zeros(covariance_shape(kind, k, d))
     log_likelihood, total = shift.new_zeros(()), shift.new_zeros(())
     for part in patterns.parts(mixture):
         w = part.valid.double() if weights is None else part.valid * weights[part.rows].double()

@@ -5,6 +5,7 @@ import torch
 from sklearn.cluster import KMeans, kmeans_plusplus
 
 from .. import ops
+from .._factors import cholesky_of_precisions, covariances_of
 
 _BLOCK = 1 << 20  # numbers of a block of responsibilities
 
@@ -31,21 +32,6 @@ def start(estimator, x, weights, random_state, given):
         covariances = covariances_of(factors, kind).to(x)
         factors, status = factors.to(x), torch.zeros(len(w), dtype=torch.uint8, device=x.device)
     return ops.GmmParameters(w, w.log(), means, covariances, factors, status, kind)
-
-
-def cholesky_of_precisions(precisions, kind):
-    """Upper triangular P with P P^T = precisions."""
-    if kind in ("diag", "spherical"):
-        return precisions.sqrt()
-    return torch.linalg.cholesky(precisions.flip(-1, -2)).flip(-1, -2)
-
-
-def covariances_of(factors, kind):
-    """(P P^T)^-1."""
-    if kind in ("diag", "spherical"):
-        return 1 / factors**2
-    inverse = torch.linalg.solve_triangular(factors, torch.eye(factors.shape[-1]).to(factors), upper=True)
-    return inverse.mT @ inverse
 
 
 def _responsibilities(estimator, x, weights, random_state):

@@ -4,22 +4,21 @@ import torch
 from torch import nn
 
 from ..distributions import GaussianMixture as MixtureDistribution
-from ..reference.gmm import COVARIANCE_TYPES
+from ..ops.gmm import check_covariance_type
+from ..reference.gmm import covariance_shape
 
 
 class _Precisions:
     """Unconstrained numbers <-> precisions_cholesky: the diagonal of P is an exponential, the rest is free."""
 
     def __init__(self, k, d, covariance_type):
-        if covariance_type not in COVARIANCE_TYPES:
-            names = ", ".join(map(repr, COVARIANCE_TYPES))
-            raise ValueError(f"covariance_type must be one of {names}, got {covariance_type!r}")
+        check_covariance_type(covariance_type)
         for name, size in (("n_components", k), ("n_features", d)):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name} must be a positive int, got {size!r}")
         self.k, self.d, self.type = k, d, covariance_type
         self.matrix = covariance_type in ("full", "tied")
-        self.shape = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[covariance_type]
+        self.shape = covariance_shape(covariance_type, k, d)
         self.free = d * (d - 1) // 2 if self.matrix else 0
         self.matrices = {"full": k, "tied": 1}.get(covariance_type, 0)
         self.numbers = self.matrices * (d + self.free) or torch.Size(self.shape).numel()

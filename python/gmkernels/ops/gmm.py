@@ -6,7 +6,7 @@ from .. import reference
 from .._call import DTYPE_CODE, Kernel, Op, allocate, check_floating, check_same_dtype, check_tensor
 
 _TYPES = reference.gmm.COVARIANCE_TYPES
-_TRAILING = {"full": 3, "tied": 2, "diag": 2, "spherical": 1}  # dimensions of precisions_cholesky after the batch
+_TRAILING = reference.gmm.TRAILING
 _SHAPES = {"full": "[..., k, d, d]", "tied": "[..., d, d]", "diag": "[..., k, d]", "spherical": "[..., k]"}
 
 # CUDA: d for which full and tied use tensor cores: below, plain arithmetic is as fast; above, tiles do not fit.
@@ -15,10 +15,14 @@ _MATRIX_FEATURES = 8, 128
 _SLAB_ROWS, _MOST_SLABS, _SLAB_BYTES = 2048, 64, 24 << 20
 
 
+def check_covariance_type(covariance_type):
+    if covariance_type not in _TYPES:
+        raise ValueError(f"covariance_type must be one of {', '.join(map(repr, _TYPES))}, got {covariance_type!r}")
+
+
 def _batch(x, log_weights, means, precisions_cholesky, covariance_type):
     """Checks everything but values; the batch shape that all four broadcast to."""
-    if covariance_type not in _TRAILING:
-        raise ValueError(f"covariance_type must be one of {', '.join(map(repr, _TYPES))}, got {covariance_type!r}")
+    check_covariance_type(covariance_type)
     if x.dim() < 2:
         raise ValueError(f"x must be [..., n, d], got {tuple(x.shape)}")
     d = x.shape[-1]
@@ -28,7 +32,7 @@ def _batch(x, log_weights, means, precisions_cholesky, covariance_type):
     if log_weights.dim() < 1 or log_weights.shape[-1] != k:
         raise ValueError(f"log_weights must be [..., k] with k={k} as in means, got {tuple(log_weights.shape)}")
     p, m = precisions_cholesky, _TRAILING[covariance_type]
-    want = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[covariance_type]
+    want = reference.gmm.covariance_shape(covariance_type, k, d)
     if p.dim() < m or tuple(p.shape[p.dim() - m :]) != want:
         raise ValueError(
             f"precisions_cholesky must be {_SHAPES[covariance_type]} for covariance_type={covariance_type!r} with"

@@ -7,7 +7,7 @@ import torch
 
 from .. import reference
 from .._call import DTYPE_CODE, Kernel, Op, check_floating, check_same_dtype, check_tensor
-from .gmm import _arguments, _batch, _flat
+from .gmm import _arguments, _batch, _flat, check_covariance_type
 
 GMM_EM_ROWS = reference.gmm_em.GROUP_ROWS
 _TYPES = reference.gmm.COVARIANCE_TYPES
@@ -44,8 +44,8 @@ class GmmStatistics:
     def of(cls, nk, s1, s2, log_likelihood, weight, shift, covariance_type):
         """From the parts, as float64 tensors of the shapes above."""
         lead, (k, d) = nk.shape[:-1], s1.shape[-2:]
-        _check_type(covariance_type)
-        want = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[covariance_type]
+        check_covariance_type(covariance_type)
+        want = reference.gmm.covariance_shape(covariance_type, k, d)
         parts = {"nk": (nk, (k,)), "s1": (s1, (k, d)), "s2": (s2, want), "log_likelihood": (log_likelihood, ()),
                  "weight": (weight, ()), "shift": (shift, (d,))}
         for name, (t, shape) in parts.items():
@@ -108,11 +108,6 @@ class GmmParameters:
     precisions_cholesky: torch.Tensor  # the same shape
     status: torch.Tensor  # uint8 [..., k]: 0 healthy, 1 dead, 2 singular, 3 not finite
     covariance_type: str
-
-
-def _check_type(covariance_type):
-    if covariance_type not in _TYPES:
-        raise ValueError(f"covariance_type must be one of {', '.join(map(repr, _TYPES))}, got {covariance_type!r}")
 
 
 # statistics ----------------------------------------------------------------------------------------------------------
@@ -243,7 +238,7 @@ def gmm_em_statistics(x, log_weights, means, precisions_cholesky, covariance_typ
 
 def _m_step_outputs(sums, shift, covariance_type, k, reg_covar, dtype, out=None):
     lead, d = shift.shape[:-1], shift.shape[-1]
-    matrix = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[covariance_type]
+    matrix = reference.gmm.covariance_shape(covariance_type, k, d)
     shapes = (k,), (k,), (k, d), matrix, matrix
     return (*(sums.new_empty((*lead, *shape), dtype=dtype) for shape in shapes),
             sums.new_empty((*lead, k), dtype=torch.uint8))
@@ -301,7 +296,7 @@ def gmm_m_step(stat, covariance_type=None, reg_covar=1e-6, *, dtype=torch.float6
         raise TypeError(f"stat must be GmmStatistics, got {type(stat).__name__}")
     if covariance_type is None:
         covariance_type = stat.covariance_type
-    _check_type(covariance_type)
+    check_covariance_type(covariance_type)
     if covariance_type != stat.covariance_type:
         raise ValueError(f"covariance_type must be {stat.covariance_type!r} as in stat, got {covariance_type!r}")
     if not 0 <= reg_covar < math.inf:

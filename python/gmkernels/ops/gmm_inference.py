@@ -143,8 +143,7 @@ def gmm_posterior_mean(y, log_weights, means, precisions_cholesky, covariance_ty
     check_tensor("y", y)
     check_floating("y", y)
     check_tensor("precisions_cholesky", precisions_cholesky)
-    if covariance_type not in gmm._TRAILING:
-        raise ValueError(f"covariance_type must be one of {', '.join(map(repr, _TYPES))}, got {covariance_type!r}")
+    gmm.check_covariance_type(covariance_type)
     if isinstance(noise_std, torch.Tensor):
         std = noise_std.to(y.dtype)
     else:

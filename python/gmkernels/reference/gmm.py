@@ -7,6 +7,12 @@ import torch
 from .random import philox_fill, philox_words
 
 COVARIANCE_TYPES = ("full", "tied", "diag", "spherical")
+TRAILING = {"full": 3, "tied": 2, "diag": 2, "spherical": 1}  # dimensions of covariances and precisions_cholesky
+
+
+def covariance_shape(covariance_type, k, d):
+    """Of the covariances, and of precisions_cholesky, of one mixture."""
+    return {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[covariance_type]
 
 
 def _scaled_residuals(x, means, precisions_cholesky, covariance_type):
@@ -60,7 +66,7 @@ def gmm_log_prob_backward(
     batch = grad.shape[:-1]
     x, infinite = _without_infinities(x)
     args = [x, log_weights, means, precisions_cholesky]
-    trailing = [2, 1, 2, {"full": 3, "tied": 2, "diag": 2, "spherical": 1}[covariance_type]]
+    trailing = [2, 1, 2, TRAILING[covariance_type]]
     x, log_weights, means, p = (t.expand(*batch, *t.shape[t.dim() - m :]) for t, m in zip(args, trailing, strict=True))
     nothing = grad.new_empty(0)
     lp = gmm_component_log_prob(x, log_weights, means, p, covariance_type)
@@ -96,7 +102,7 @@ def gmm_sample(means, precisions_cholesky, cdf, seeds, n, seed, covariance_type)
     """(x [..., n, d], component [..., n]): see :func:`gmkernels.ops.gmm_sample`. `cdf` [..., k] ascends to 1."""
     dtype, means, p = means.dtype, means.double(), precisions_cholesky.double()
     k, d = means.shape[-2:]
-    trailing = {"full": 3, "tied": 2, "diag": 2, "spherical": 1}[covariance_type]
+    trailing = TRAILING[covariance_type]
     batch = torch.broadcast_shapes(means.shape[:-2], cdf.shape[:-1], p.shape[: p.dim() - trailing])
     seeds = torch.tensor([seed], device=means.device) if seeds is None else seeds.reshape(-1)
     rows = batch.numel() * n // len(seeds)

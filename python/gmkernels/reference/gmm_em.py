@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .gmm import _without_infinities, gmm_component_log_prob
+from .gmm import TRAILING, _without_infinities, covariance_shape, gmm_component_log_prob
 
 GROUP_ROWS = 2048  # rows whose sums are added to the total at once (csrc/gmm/gmm_em.h)
 
@@ -17,13 +17,13 @@ _RIDGE = 1e-6  # of the mean variance: the first that is tried
 
 def sizes(k, d, covariance_type):
     """Numbers of nk, s1, s2."""
-    return k, k * d, {"full": k * d * d, "tied": d * d, "diag": k * d, "spherical": k}[covariance_type]
+    return k, k * d, math.prod(covariance_shape(covariance_type, k, d))
 
 
 def split(sums, k, d, covariance_type):
     """log_likelihood [...], weight [...], nk [..., k], s1 [..., k, d], s2: views of sums [..., 2 + numbers]."""
     lead, parts = sums.shape[:-1], sums[..., 2:].split(sizes(k, d, covariance_type), -1)
-    shape = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[covariance_type]
+    shape = covariance_shape(covariance_type, k, d)
     return (sums[..., 0], sums[..., 1], parts[0], parts[1].unflatten(-1, (k, d)) if k * d else parts[1].reshape(
         *lead, k, d), parts[2].reshape(*lead, *shape))
 
@@ -49,7 +49,7 @@ def default_shift(log_weights, means):
 
 def gmm_em_statistics(x, log_weights, means, precisions_cholesky, sample_weight, shift, initial, covariance_type):
     """(sums [..., 2 + numbers], shift [..., d]), float64. See :func:`gmkernels.ops.gmm_em_statistics`."""
-    lead = {"full": 3, "tied": 2, "diag": 2, "spherical": 1}[covariance_type]
+    lead = TRAILING[covariance_type]
     leads = [x.shape[:-2], log_weights.shape[:-1], means.shape[:-2],
              precisions_cholesky.shape[: precisions_cholesky.dim() - lead]]
     leads += [] if sample_weight is None else [sample_weight.shape[:-1]]
@@ -105,7 +105,7 @@ def gmm_m_step(sums, shift, covariance_type, k, reg_covar, dtype):
     b = batch.numel()
     made = [_one_m_step(s, c, covariance_type, k, reg_covar)
             for s, c in zip(sums.reshape(b, sums.shape[-1]), shift.reshape(b, d), strict=True)]
-    matrix = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[covariance_type]
+    matrix = covariance_shape(covariance_type, k, d)
     shapes = (k,), (k,), (k, d), matrix, matrix, (k,)
     out = []
     for i, shape in enumerate(shapes):
