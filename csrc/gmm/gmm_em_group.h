@@ -157,27 +157,39 @@ struct Worker {
     out.flush();
   }
 
-  // slot: the sums, overwritten. heads: log-likelihood and weight.
-  void group(const Sums& s, const Mixture<T>& m, bool matrix, const T* x, const T* weights, const T* shift,
-             int64_t count, A* slot, double* heads) {
+  void begin_sums(const Sums& s, A* slot) {
     memset(slot, 0, size_t(s.numbers()) * sizeof(A));
     if (narrow) memset(lanes, 0, size_t(s.linear * s.k * n) * sizeof(A));
     memset(shared_lanes, 0, size_t(s.shared * n) * sizeof(A));
     memset(block.log_likelihood, 0, sizeof block.log_likelihood);
+  }
+  // The rows in block.x, with block.e times block.scale as responsibilities.
+  void add_block(const Sums& s, const T* shift, A* slot) {
+    const A* const from = responsibilities(s);
+    if (!narrow) transpose_responsibilities(s, from);
+    add_features(s, shift, from, slot);
+  }
+  double end_sums(const Sums& s, A* slot) {  // the log-likelihood
+    if (narrow) add_lanes(slot, lanes, s.linear * s.k);
+    add_lanes(slot + s.linear * s.step, shared_lanes, s.shared);
+    double sum = 0;
+    for (int l = 0; l < simd<T>::n; ++l) sum += block.log_likelihood[l];
+    return sum;
+  }
+
+  // slot: the sums, overwritten. heads: log-likelihood and weight.
+  void group(const Sums& s, const Mixture<T>& m, bool matrix, const T* x, const T* weights, const T* shift,
+             int64_t count, A* slot, double* heads) {
+    begin_sums(s, slot);
     heads[1] = 0;
     for (int64_t row = 0; row < count; row += rows) {
       block.load_rows(x + row * s.d, weights ? weights + row : nullptr, count - row < rows ? count - row : rows, s.d);
       for (int i = 0; i < rows; ++i) heads[1] += double(block.weight[i]);
       block.densities(m, matrix);
       block.softmax(s.k, s.d);
-      const A* const from = responsibilities(s);
-      if (!narrow) transpose_responsibilities(s, from);
-      add_features(s, shift, from, slot);
+      add_block(s, shift, slot);
     }
-    if (narrow) add_lanes(slot, lanes, s.linear * s.k);
-    add_lanes(slot + s.linear * s.step, shared_lanes, s.shared);
-    heads[0] = 0;
-    for (int l = 0; l < simd<T>::n; ++l) heads[0] += block.log_likelihood[l];
+    heads[0] = end_sums(s, slot);
   }
 };
 
@@ -204,7 +216,7 @@ static void unpack(double* out, const double* sums, const Sums& s, int64_t begin
   for (int64_t a = 0; a < s.d; ++a)
     for (int64_t b = a; b < s.d; ++b) s2[a * s.d + b] = s2[b * s.d + a] = *from++;
 }
-static void pack(double* sums, const double* in, const Sums& s) {
+static __attribute__((unused)) void pack(double* sums, const double* in, const Sums& s) {
   const double* const nk = in + 2;
   const double* const s1 = nk + s.k;
   const double* const s2 = s1 + s.k * s.d;

@@ -3,16 +3,19 @@
 from .diffusion import diffusion_step
 from .gmm import gmm_log_prob
 from .gmm_em import GMM_EM_ROWS, GmmParameters, GmmStatistics, gmm_em_statistics, gmm_m_step, gmm_responsibilities
+from .gmm_fit import GmmFit, gmm_fit
 from .gmm_inference import gmm_posterior_mean, gmm_sample, gmm_score
 from .masked_conv import masked_conv2d
 from .random import philox_normal, philox_uniform
 
 __all__ = [
     "GMM_EM_ROWS",
+    "GmmFit",
     "GmmParameters",
     "GmmStatistics",
     "diffusion_step",
     "gmm_em_statistics",
+    "gmm_fit",
     "gmm_log_prob",
     "gmm_m_step",
     "gmm_posterior_mean",
