@@ -74,19 +74,19 @@ struct Worker {
     if (same) {
       if (narrow)
         for (int64_t c = 0; c < s.k; ++c)
-          for (int row = 0; row < rows; row += simd<T>::n) {
+          for (int row = 0; row < block.used; row += simd<T>::n) {
             T* const e = block.e + c * rows + row;
             store(e, load(e) * load(block.scale + row));
           }
       return reinterpret_cast<const A*>(block.e);
     }
     for (int64_t c = 0; c < s.k; ++c)
-      for (int row = 0; row < rows; ++row) r[c * rows + row] = A(block.e[c * rows + row] * block.scale[row]);
+      for (int row = 0; row < block.used; ++row) r[c * rows + row] = A(block.e[c * rows + row] * block.scale[row]);
     return r;
   }
   void transpose_responsibilities(const Sums& s, const A* from) {
     for (int64_t c = 0; c < s.step; c += n)
-      for (int row = 0; row < rows; row += n) {
+      for (int row = 0; row < block.used; row += n) {
         typename simd<A>::v e[n];
         typename simd<A>::v scale = splat(A(1));
         if (same) scale = load(reinterpret_cast<const A*>(block.scale) + row);
@@ -97,6 +97,17 @@ struct Worker {
 #pragma GCC unroll 16
         for (int l = 0; l < n; ++l) store(transposed + (row + l) * s.step + c, e[l]);
       }
+  }
+
+  // `count` features [rows], from feature `first` on, meet their responsibilities.
+  void add_linear(const Sums& s, A* slot, const A* from, const A* f, int64_t first, int64_t count) {
+    if (narrow)
+      narrow_sums<A, rows>(lanes + first * s.k * n, f, from, s.k, count, block.used);
+    else
+      wide_sums<A, rows>(slot + first * s.step, f, transposed, s.step, count, block.used);
+  }
+  void add_shared(const A* f, int64_t first, int64_t count) {
+    narrow_sums<A, rows>(shared_lanes + first * n, f, row_weight, 1, count, block.used);
   }
 
   struct Stream {  // features on their way to the sums
@@ -112,13 +123,16 @@ struct Worker {
       if (count == chunk) flush();
       return w.features + rows * count++;
     }
+    void turn_to_shared() {
+      flush();
+      shared = true;
+      done = 0;
+    }
     void flush() {
       if (shared)
-        narrow_sums<A, rows>(w.shared_lanes + done * n, w.features, w.row_weight, 1, count);
-      else if (narrow)
-        narrow_sums<A, rows>(w.lanes + done * s.k * n, w.features, r, s.k, count);
+        w.add_shared(w.features, done, count);
       else
-        wide_sums<A, rows>(slot + done * s.step, w.features, w.transposed, s.step, count);
+        w.add_linear(s, slot, r, w.features, done, count);
       done += count;
       count = 0;
     }
@@ -128,10 +142,9 @@ struct Worker {
     for (int row = 0; row < rows; row += n) store(to + row, load(a + row) * load(b + row));
   }
 
-  void add_features(const Sums& s, const T* shift, const A* from, A* slot) {
-    for (int64_t f = 0; f < s.d; ++f)
-      for (int row = 0; row < rows; ++row) t[f * rows + row] = A(block.x[f * rows + row]) - A(shift[f]);
-    Stream out{*this, s, from, slot};
+  // All features of the rows in t, in the order of the sums; out.next(): where the next one goes.
+  template <class Out>
+  void form_features(const Sums& s, Out& out) {
     A* const one = out.next();
     for (int row = 0; row < rows; ++row) one[row] = A(1);
     for (int64_t f = 0; f < s.d; ++f) memcpy(out.next(), t + f * rows, sizeof(A) * rows);
@@ -145,16 +158,27 @@ struct Worker {
         store(square + row, sum);
       }
     }
-    if (s.covariance == kTied) {
-      out.flush();
-      out.shared = true;
-      out.done = 0;
-      for (int row = 0; row < rows; ++row) row_weight[row] = block.scale[row] == T(0) ? A(0) : A(block.weight[row]);
-    }
+    if (s.covariance == kTied) out.turn_to_shared();
     if (matrix_covariance(s.covariance))
       for (int64_t a = 0; a < s.d; ++a)
         for (int64_t b = a; b < s.d; ++b) multiply(out.next(), t + a * rows, t + b * rows);
+  }
+  void weigh_rows(const Sums& s) {
+    if (s.covariance == kTied)
+      for (int row = 0; row < rows; ++row) row_weight[row] = block.scale[row] == T(0) ? A(0) : A(block.weight[row]);
+  }
+  void add_features(const Sums& s, const T* shift, const A* from, A* slot) {
+    for (int64_t f = 0; f < s.d; ++f)
+      for (int row = 0; row < rows; ++row) t[f * rows + row] = A(block.x[f * rows + row]) - A(shift[f]);
+    weigh_rows(s);
+    Stream out{*this, s, from, slot};
+    form_features(s, out);
     out.flush();
+  }
+  const A* final_responsibilities(const Sums& s) {  // as the sums take them
+    const A* const from = responsibilities(s);
+    if (!narrow) transpose_responsibilities(s, from);
+    return from;
   }
 
   void begin_sums(const Sums& s, A* slot) {
@@ -164,11 +188,7 @@ struct Worker {
     memset(block.log_likelihood, 0, sizeof block.log_likelihood);
   }
   // The rows in block.x, with block.e times block.scale as responsibilities.
-  void add_block(const Sums& s, const T* shift, A* slot) {
-    const A* const from = responsibilities(s);
-    if (!narrow) transpose_responsibilities(s, from);
-    add_features(s, shift, from, slot);
-  }
+  void add_block(const Sums& s, const T* shift, A* slot) { add_features(s, shift, final_responsibilities(s), slot); }
   double end_sums(const Sums& s, A* slot) {  // the log-likelihood
     if (narrow) add_lanes(slot, lanes, s.linear * s.k);
     add_lanes(slot + s.linear * s.step, shared_lanes, s.shared);

@@ -11,6 +11,11 @@ namespace gmk {
 namespace GMK_ISA_NS {
 namespace {
 
+constexpr int64_t kFeatureBytes = 192 << 10;  // kept for all iterations where they are no more: they stay in L2
+
+// By more than rounding: two starts that find the same mixture, its components in another order, are equal.
+static bool better(double now, double best) { return now - best > 1e-10 * (1 + fabs(best)); }
+
 struct Solution {  // means about FitRows::shift
   double *weights, *log_weights, *means, *covariances, *precisions;
   int64_t* recovered;
@@ -32,6 +37,8 @@ struct Fitter {
   FitRows data;
   KMeans means;
   double *slot, *sums, *zero, *ridge, *heads, *matrix_scratch;
+  int64_t feature_rows;  // [padded / rows][feature][rows], or 0: they are made anew in every E-step
+  double* features;
   Solution now, best;
 
   explicit Fitter(const GmmFit& args) : a(args) {
@@ -47,6 +54,8 @@ struct Fitter {
     data.d = a.d;
     data.rows = W::rows;
     data.padded = (a.n + W::rows - 1) / W::rows * W::rows;
+    feature_rows = s.linear + s.shared;
+    if (feature_rows * data.padded * int64_t(sizeof(double)) > kFeatureBytes) feature_rows = 0;
     means.data = &data;
     means.k = a.k;
   }
@@ -62,7 +71,8 @@ struct Fitter {
     };
     const int64_t k = a.k, d = a.d;
     double* const tiles = more(W::numbers_t(in));
-    double* const features = more(W::numbers_a(s));
+    double* const sums_scratch = more(W::numbers_a(s));
+    features = more(feature_rows * data.padded);
     slot = more(s.numbers());
     sums = more(em_numbers(k, d, a.covariance));
     zero = more(d);
@@ -90,7 +100,7 @@ struct Fitter {
     place(now);
     place(best);
     if (!at) return used;
-    w.take(in, s, tiles, features);
+    w.take(in, s, tiles, sums_scratch);
     for (int row = 0; row < W::rows; ++row) w.block.alive[row] = 1;
     for (int64_t f = 0; f < d; ++f) zero[f] = 0;
     return used;
@@ -99,6 +109,33 @@ struct Fitter {
   void use_block(int64_t first) {
     w.block.x = data.x + first * a.d;
     memcpy(w.block.weight, data.weight + first, sizeof w.block.weight);
+    constexpr int64_t lanes = simd<double>::n;
+    const int64_t rest = (a.n - first + lanes - 1) / lanes * lanes;
+    w.block.used = int(rest < W::rows ? rest : W::rows);
+  }
+  struct Keep {
+    double* to;
+    double* next() { return (to += W::rows) - W::rows; }
+    void turn_to_shared() {}
+  };
+  void keep_features() {
+    if (!feature_rows) return;
+    Keep out{features};
+    double* const t = w.t;
+    for (int64_t first = 0; first < data.padded; first += W::rows) {
+      w.t = data.x + first * a.d;
+      w.form_features(s, out);
+    }
+    w.t = t;
+  }
+  void add_block(int64_t first) {
+    if (!feature_rows) return w.add_block(s, zero, slot);
+    const double* const from = w.final_responsibilities(s);
+    const double* const own = features + first * feature_rows;
+    w.add_linear(s, slot, from, own, 0, s.linear);
+    if (!s.shared) return;
+    w.weigh_rows(s);
+    w.add_shared(own + s.linear * W::rows, 0, s.shared);
   }
 
   // The sums under `now`; the log-likelihood of the mean row.
@@ -113,7 +150,7 @@ struct Fitter {
       use_block(first);
       w.block.densities(m, matrix);
       w.block.softmax(a.k, a.d);
-      w.add_block(s, zero, slot);
+      add_block(first);
     }
     return w.end_sums(s, slot) / data.total;
   }
@@ -125,7 +162,7 @@ struct Fitter {
       use_block(first);
       memcpy(w.block.scale, w.block.weight, sizeof w.block.weight);
       fill(w.block.e, w.block.scale, first);
-      w.add_block(s, zero, slot);
+      add_block(first);
     }
     w.end_sums(s, slot);
   }
@@ -269,10 +306,11 @@ struct Fitter {
   void run(int64_t b) {
     data.load((const T*)a.x + b * a.x_stride,
               a.sample_weight ? (const T*)a.sample_weight + b * a.weight_stride : nullptr);
+    keep_features();
     bool finite = true;
     for (int64_t r = 0; r < a.n_init && finite; ++r) {
       finite = iterate<T>(b, r);
-      if (r && finite && !(now.log_likelihood > best.log_likelihood)) continue;
+      if (r && finite && !better(now.log_likelihood, best.log_likelihood)) continue;
       const Solution swap = best;
       best = now;
       now = swap;

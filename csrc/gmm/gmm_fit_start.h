@@ -16,21 +16,29 @@ struct FitRows {
   double total;                // weight of all
 
   const double* block(int64_t first) const { return x + first * d; }
-  double& at(int64_t row, int64_t f) const { return x[(row / rows * d + f) * rows + row % rows]; }
+  double at(int64_t row, int64_t f) const { return x[(row / rows * d + f) * rows + row % rows]; }
+
+  // f(row, x of its first feature): the next one is `rows` further.
+  template <class F>
+  void each(const F& f) const {
+    for (int64_t first = 0; first < padded; first += rows)
+      for (int64_t row = 0; row < rows; ++row) f(first + row, x + first * d + row);
+  }
 
   template <class T>
   void load(const T* from, const T* weights) {
     total = 0;
     for (int64_t f = 0; f < d; ++f) shift[f] = 0;
     for (int64_t i = 0; i < padded; ++i) {
-      weight[i] = i >= n ? 0 : weights ? double(weights[i]) : 1;
-      total += weight[i];
-      if (weight[i] != 0)
-        for (int64_t f = 0; f < d; ++f) shift[f] += weight[i] * double(from[i * d + f]);
+      const double w = weight[i] = i >= n ? 0 : weights ? double(weights[i]) : 1;
+      total += w;
+      if (w != 0)
+        for (int64_t f = 0; f < d; ++f) shift[f] += w * double(from[i * d + f]);
     }
     for (int64_t f = 0; f < d; ++f) shift[f] /= total;
-    for (int64_t i = 0; i < padded; ++i)
-      for (int64_t f = 0; f < d; ++f) at(i, f) = weight[i] != 0 ? double(from[i * d + f]) - shift[f] : 0;
+    each([&](int64_t i, double* to) {
+      for (int64_t f = 0; f < d; ++f) to[f * rows] = weight[i] != 0 ? double(from[i * d + f]) - shift[f] : 0;
+    });
   }
 };
 
@@ -144,12 +152,12 @@ struct KMeans {
   void move_centres() {  // an empty one stays
     const int64_t d = data->d;
     for (int64_t i = 0; i < k * (d + 1); ++i) sums[i] = 0;
-    for (int64_t i = 0; i < data->n; ++i) {
+    data->each([&](int64_t i, const double* x) {
       double* const own = sums + labels[i] * (d + 1);
       const double w = data->weight[i];
-      for (int64_t f = 0; f < d; ++f) own[f] += w * data->at(i, f);
+      for (int64_t f = 0; f < d; ++f) own[f] += w * x[f * data->rows];
       own[d] += w;
-    }
+    });
     for (int64_t c = 0; c < k; ++c)
       for (int64_t f = 0; f < d && sums[c * (d + 1) + d] > 0; ++f)
         centres[c * d + f] = sums[c * (d + 1) + f] / sums[c * (d + 1) + d];

@@ -91,7 +91,8 @@ def _launch(outs, x, sample_weight, seeds, responsibilities, log_weights, means,
     n, d = x.shape[-2:]
     ins = flat[0][0], flat[1][0], None if seeds is None else seeds.contiguous(), *(t for t, _ in flat[2:])
     _fit(outs, ins, tuple(step for _, step in flat), batch.numel(), n, k, d, max_iter, rounds, candidates, n_init,
-         seed & (2**64 - 1), 1 if seeds is None else seeds.numel(), tol, reg_covar, DTYPE_CODE[x.dtype], _TYPES.index(covariance_type))
+         seed & (2**64 - 1), 1 if seeds is None else seeds.numel(), tol, reg_covar, DTYPE_CODE[x.dtype],
+         _TYPES.index(covariance_type))
 
 
 _op = Op(
@@ -163,9 +164,9 @@ def gmm_fit(x, k, covariance_type="full", *, sample_weight=None, init="kmeans", 
     the arithmetic is float64 about the mean of the rows, parameters have the dtype of ``x``.
 
     Returns: `GmmFit`. ``status`` as of `gmm_m_step`, after the last M-step; ``recovered`` counts the M-steps, that of
-    the start included, that repaired a dead or singular component. A fit whose numbers overflow is NaN, of status 3. The
-    same bits on any number of threads; a mixture does not depend on the others of its batch. No gradient. On CUDA the
-    reference in plain torch runs, one mixture after the other.
+    the start included, that repaired a dead or singular component. A fit whose numbers overflow is NaN, of status 3.
+    The same bits on any number of threads. No gradient. On CUDA the reference in plain torch runs, one mixture after
+    the other: there is no CUDA kernel yet.
 
     Errors: ``ValueError`` for shapes, fewer rows (of positive weight) than ``k``, ``k=0``, ``d=0``, NaN or infinity in
     ``x`` (torch.compile does not look at values), bad weights and options; ``TypeError`` for dtypes.
@@ -207,8 +208,7 @@ def gmm_fit(x, k, covariance_type="full", *, sample_weight=None, init="kmeans", 
     seeds, seed = split_seed(seed, x.device, batch[0] if len(batch) == 1 else None) if drawn else (None, 0)
     made = _op(x, sample_weight, seeds, responsibilities, *start, k, covariance_type, max_iter, rounds,
                2 + int(math.log(k)), n_init, seed, float(tol), float(reg_covar))
-    names = [f.name for f in dataclasses.fields(GmmFit) if f.name != "covariance_type"]
-    return GmmFit(covariance_type=covariance_type, **dict(zip(names, made, strict=True)))
+    return GmmFit(*made[:6], covariance_type, *made[6:])
 
 
 def _start(init, responsibilities, covariance_type, k):

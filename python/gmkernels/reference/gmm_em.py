@@ -85,7 +85,7 @@ def _group(x, log_weights, means, precisions_cholesky, w, shift, covariance_type
 
 
 def sums_of(r, t, log_likelihood, weight, covariance_type):
-    """All sums in one tensor [..., 2 + numbers], from r [..., n, k], responsibilities times weights, and t = x - shift."""
+    """All sums [..., 2 + numbers], from r [..., n, k], responsibilities times weights, and t = x - shift."""
     nk = r.sum(-2)
     s1 = r.mT @ t
     if covariance_type == "full":

@@ -32,7 +32,7 @@ def gmm_fit(x, sample_weight, seeds, responsibilities, log_weights, means, preci
     matrix = covariance_shape(covariance_type, k, d)
     kinds = [(shape, x.dtype) for shape in ((k,), (k,), (k, d), matrix, matrix)]
     kinds += [((k,), torch.uint8), ((k,), torch.int64), ((), torch.float64), ((), torch.int64), ((), torch.bool)]
-    return tuple(torch.stack([m[i].to(kind) for m in made]).reshape(*batch, *shape) if made else
+    return tuple(torch.stack([m[i].to(kind) for m in made]).reshape((*batch, *shape)) if made else
                  x.new_empty((*batch, *shape), dtype=kind) for i, (shape, kind) in enumerate(kinds))
 
 
@@ -92,7 +92,8 @@ def _fit_one(x, weight, responsibilities, log_weights, means, precisions, picks,
             fit[:5] = [torch.full_like(t, math.nan) for t in made[:5]]
             fit[5], fit[7], fit[9] = torch.full_like(made[5], NOT_FINITE), total * math.nan, torch.tensor(False)
             return [*fit[:2], fit[2] + shift, *fit[3:]]
-        if best is None or bool(log_likelihood > best[7]):
+        # by more than rounding: the same mixture with its components in another order is not better
+        if best is None or bool(log_likelihood - best[7] > 1e-10 * (1 + best[7].abs())):
             best = fit
     return [*best[:2], best[2] + shift, *best[3:]]
 
