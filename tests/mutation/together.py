@@ -1,0 +1,89 @@
+"""Mutants by the dozen: compiled together (schema.py), told apart at run time, one fork of the tests for each."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from simt import SCHEDULES
+
+from .build import Builder, Compiled
+from .schema import PRELUDE, Schema, blamed
+
+MOST = 60  # in one library
+CONTROL = 10  # tests that a library without any mutant has to pass
+
+
+class Together:
+    def __init__(self, file):
+        self.file, self.schema = file, Schema(file.text)
+        self.names = [t for t in file.tests.ids if "_huge.py::" not in t]
+
+    def run(self, some):
+        """[(n, {"verdict", "test"})] of those of `some`, [(n, mutant)], that can be compiled so. No test: it lives."""
+        some = [(n, m) for n, m in some if self.schema.segment(m) and not self.huge(m)]
+        count = -(-len(some) // MOST)
+        batches = [some[i::count] for i in range(count)]  # neighbours in different ones
+        self.file.tests.ensure([self.file.tests.number[t] for t in self.names], SCHEDULES[0])
+        free, lock = [Builder(f"{self.file.plain.folder.parent / 'together'}{i}") for i in range(self.file.jobs)], \
+            threading.Lock()
+        found = []
+
+        def one(batch):
+            with lock:
+                builder = free.pop()
+            try:
+                answers = self.batch(builder, batch)
+            finally:
+                with lock:
+                    free.append(builder)
+            with lock:
+                found.extend(answers)
+                killed = sum(bool(v["test"]) for _, v in answers)
+                self.file.say(f"  {killed} of {len(answers)} that were compiled together are killed")
+
+        with ThreadPoolExecutor(self.file.jobs) as pool:
+            list(pool.map(one, batches))
+        return found
+
+    def huge(self, m):
+        """Meets the tests of many gigabytes, which are not run here."""
+        return len(self.file.shown(m)) > len(self.names)
+
+    def batch(self, builder, batch):
+        library, batch = self.compile(builder, batch)
+        if library is None:
+            return []
+        best = self.file.tests.best(self.names, "")[:CONTROL]
+        verdict, test = self.file.tests.run(library, names=best, mutant=0)
+        if test:
+            raise RuntimeError(f"{self.file.path.name}: {test} fails in a library of many mutants, none of them alive: "
+                               f"{verdict}")
+        answers = []
+        for n, m in batch:
+            verdict, test = self.file.tests.run(library, names=self.names, function=m.function, mutant=n + 1,
+                                                first=self.file.hint(m))
+            answers.append((n, {"verdict": verdict, "test": test}))
+        return answers
+
+    def compile(self, builder, batch):
+        """The library, and the mutants that are in it: the compiler's complaints tell which cannot be."""
+        while batch:
+            text, lines = self.schema.render([(n + 1, m) for n, m in batch])
+            builder.plant(self.file.path, text)
+            (builder.folder / "schema.h").write_text(PRELUDE)
+            flags = ["-Werror=vla", "-fmax-errors=0", "-include", str(builder.folder / "schema.h")]
+            inside = set().union(*lines.values(), ())
+            batch = [(n, m) for n, m in batch if n + 1 in inside]
+            try:
+                made = builder.compile(self.file.objects, flags)
+                return builder.link(list(made)), batch
+            except Compiled as refused:
+                bad = blamed(str(refused), builder.changed[self.file.path], lines)
+            if not bad and len(batch) > 1:  # some constant far away
+                half = len(batch) // 2
+                first, kept = self.compile(builder, batch[:half])
+                if first:
+                    return first, kept
+                batch = batch[half:]
+            else:
+                batch = [(n, m) for n, m in batch if bad and n + 1 not in bad]
+        return None, []
