@@ -49,23 +49,29 @@ class Together:
         return len(self.file.shown(m)) > len(self.names)
 
     def batch(self, builder, batch):
-        library, batch = self.compile(builder, batch)
-        if library is None:
-            return []
-        best = self.file.tests.best(self.names, "")[:CONTROL]
-        verdict, test = self.file.tests.run(library, names=best, mutant=0)
-        if test:
-            raise RuntimeError(f"{self.file.path.name}: {test} fails in a library of many mutants, none of them alive: "
-                               f"{verdict}")
         answers = []
-        for n, m in batch:
-            verdict, test = self.file.tests.run(library, names=self.names, function=m.function, mutant=n + 1,
-                                                first=self.file.hint(m))
-            answers.append((n, {"verdict": verdict, "test": test}))
+        waiting = [batch]
+        while waiting:
+            library, inside, left = self.compile(builder, waiting.pop())
+            if left:
+                waiting.append(left)
+            if library is None:
+                continue
+            best = self.file.tests.best(self.names, "")[:CONTROL]
+            verdict, test = self.file.tests.run(library, names=best, mutant=0)
+            if test:
+                raise RuntimeError(f"{self.file.path.name}: {test} fails in a library of many mutants, none of them "
+                                   f"alive: {verdict}")
+            for n, m in inside:
+                verdict, test = self.file.tests.run(library, names=self.names, function=m.function, mutant=n + 1,
+                                                    first=self.file.hint(m))
+                answers.append((n, {"verdict": verdict, "test": test}))
         return answers
 
     def compile(self, builder, batch):
-        """The library, and the mutants that are in it: the compiler's complaints tell which cannot be."""
+        """The library, the mutants that are in it, and those to try again without these. The compiler's complaints tell
+        which cannot be in any."""
+        left = []
         while batch:
             text, lines = self.schema.render([(n + 1, m) for n, m in batch])
             builder.plant(self.file.path, text)
@@ -75,15 +81,13 @@ class Together:
             batch = [(n, m) for n, m in batch if n + 1 in inside]
             try:
                 made = builder.compile(self.file.objects, flags)
-                return builder.link(list(made)), batch
+                return builder.link(list(made)), batch, left
             except Compiled as refused:
                 bad = blamed(str(refused), builder.changed[self.file.path], lines)
-            if not bad and len(batch) > 1:  # some constant far away
+            if bad & inside:
+                batch = [(n, m) for n, m in batch if n + 1 not in bad]
+            else:  # something far away
                 half = len(batch) // 2
-                first, kept = self.compile(builder, batch[:half])
-                if first:
-                    return first, kept
-                batch = batch[half:]
-            else:
-                batch = [(n, m) for n, m in batch if bad and n + 1 not in bad]
-        return None, []
+                left += batch[half:] if half else []
+                batch = batch[:half]
+        return None, [], left
