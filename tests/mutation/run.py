@@ -16,7 +16,7 @@ from .together import Together
 from .verdicts import Cache, Present, killers
 
 OTHER_SCHEDULES = [s for s in SCHEDULES[1:] if ":" not in s]  # for what the first one lets through
-SCHEDULED = {"barrier", "syncwarp", "fence", "wait", "mask"}  # meet them all
+SCHEDULED = {"barrier", "syncwarp", "fence", "wait", "mask"}  # only these can depend on it
 OTHERS = 20  # tests, the best ones: the detector of races needs no luck
 FOLDER = Path(os.environ.get("GMK_MUTANTS", ROOT / "build" / "mutants"))
 
@@ -113,8 +113,7 @@ class _File:
         self.few = rows.count(None) < 10  # not worth warming up
         alive = set()  # in a library of many, all tests have passed
         if not self.few:
-            together = Together(self)
-            for n, verdict in together.run([(n, some[n]) for n, row in enumerate(rows) if row is None]):
+            for n, verdict in Together(self).run([(n, some[n]) for n, row in enumerate(rows) if row is None]):
                 if verdict["test"]:
                     rows[n] = self.keep(some[n], verdict)
                 else:
@@ -191,7 +190,7 @@ class _File:
             return {"verdict": "same code"}
         names = self.reach(shown, [o for o in made if made[o] != self.original[o]])
         names = self.tests.best(names, m.function)[:OTHERS]
-        for schedule in OTHER_SCHEDULES if m.operator in SCHEDULED else OTHER_SCHEDULES[:1]:
+        for schedule in OTHER_SCHEDULES if m.operator in SCHEDULED else ():
             verdict, test = self.tests.run(library, schedule, names, m.function)
             if test:
                 return {"verdict": verdict, "test": test, "schedule": schedule}

@@ -18,31 +18,29 @@ class Together:
         self.names = [t for t in file.tests.ids if "_huge.py::" not in t]
 
     def run(self, some):
-        """[(n, {"verdict", "test"})] of those of `some`, [(n, mutant)], that can be compiled so. No test: it lives."""
+        """Yields (n, {"verdict", "test"}) of those of `some`, [(n, mutant)], that can be compiled so; no test: it
+        lives."""
         some = [(n, m) for n, m in some if self.schema.segment(m) and not self.huge(m)]
         count = -(-len(some) // MOST)
         batches = [some[i::count] for i in range(count)]  # neighbours in different ones
         self.file.tests.ensure([self.file.tests.number[t] for t in self.names], SCHEDULES[0])
-        free, lock = [Builder(f"{self.file.plain.folder.parent / 'together'}{i}") for i in range(self.file.jobs)], \
-            threading.Lock()
-        found = []
+        folder, lock = self.file.plain.folder.parent, threading.Lock()
+        free = [Builder(folder / f"together{i}") for i in range(self.file.jobs)]
 
         def one(batch):
             with lock:
                 builder = free.pop()
             try:
-                answers = self.batch(builder, batch)
+                return self.batch(builder, batch)
             finally:
                 with lock:
                     free.append(builder)
-            with lock:
-                found.extend(answers)
-                killed = sum(bool(v["test"]) for _, v in answers)
-                self.file.say(f"  {killed} of {len(answers)} that were compiled together are killed")
 
         with ThreadPoolExecutor(self.file.jobs) as pool:
-            list(pool.map(one, batches))
-        return found
+            for answers in pool.map(one, batches):
+                killed = sum(bool(verdict["test"]) for _, verdict in answers)
+                self.file.say(f"  {killed} of {len(answers)} that were compiled together are killed")
+                yield from answers
 
     def huge(self, m):
         """Meets the tests of many gigabytes, which are not run here."""
