@@ -252,6 +252,22 @@ def test_a_gpu_without_tensor_cores(device, covariance_type):
             check(mixture(n, d, k, covariance_type, F32), covariance_type)
 
 
+@pytest.mark.parametrize("covariance_type", ["full", "tied"])
+def test_tensor_cores_parameters_that_are_nan(device, path, covariance_type):
+    """Anywhere in what a component with weight is made of: all rows are NaN."""
+    d, n = 40, 3
+    for which, place in [(2, (1, 0)), (2, (1, 9)), (2, (1, 36)), (2, (1, d - 1)),
+                         (3, (0, 1)), (3, (1, 20)), (3, (0, d - 1)), (3, (30, 34)), (3, (35, d - 1))]:
+        args = mixture(n, d, 2, covariance_type, F32, device.torch)
+        args[which][(1, *place) if which == 3 and covariance_type == "full" else place] = NAN
+        assert ops.gmm_log_prob(*args, covariance_type).isnan().all(), (which, place)
+    args = mixture(n, d, 2, covariance_type, F32, device.torch)
+    args[1][1], args[2][1] = -INF, NAN  # without weight
+    want = ops.gmm_log_prob(args[0], args[1][:1], args[2][:1], args[3][:1] if covariance_type == "full" else args[3],
+                            covariance_type)
+    assert torch.equal(ops.gmm_log_prob(*args, covariance_type), want)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 @pytest.mark.parametrize("covariance_type", ["full", "tied"])
 def test_tensor_cores_far_from_the_origin_and_tight(device, path, covariance_type, offset):
