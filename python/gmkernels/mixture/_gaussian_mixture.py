@@ -11,8 +11,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from .. import ops
-from . import _derived, _em, _file, _missing, _rows, _sklearn, _start
+from .. import _patterns, ops
+from . import _derived, _em, _file, _rows, _sklearn, _start
 
 _RESPONSIBILITIES = 1 << 22  # numbers of a block of them
 
@@ -265,7 +265,7 @@ class GaussianMixture(_sklearn.Parent):
         x, p, missing = self._rows(X)
         out = ops.gmm_log_prob(x, p.log_weights, p.means, p.precisions_cholesky, p.covariance_type)
         if missing is not None:
-            out[missing] = _missing.log_prob(x[missing], p)
+            out[missing] = _patterns.log_prob(x[missing], _patterns.Mixture.of(p))
         return _rows.give_back(out, X)
 
     def score(self, X, y=None, sample_weight=None):
@@ -280,7 +280,7 @@ class GaussianMixture(_sklearn.Parent):
         x, p, missing = self._rows(X)
         out = ops.gmm_responsibilities(x, p.log_weights, p.means, p.precisions_cholesky, p.covariance_type)
         if missing is not None:
-            out[missing] = _missing.responsibilities(x[missing], p)
+            out[missing] = _patterns.responsibilities(x[missing], _patterns.Mixture.of(p))
         return _rows.give_back(out, X)
 
     def predict(self, X):
@@ -292,7 +292,7 @@ class GaussianMixture(_sklearn.Parent):
             for block in x.split(size)
         ])
         if missing is not None:
-            labels[missing] = _missing.responsibilities(x[missing], p).argmax(1)
+            labels[missing] = _patterns.responsibilities(x[missing], _patterns.Mixture.of(p)).argmax(1)
         return _rows.give_back(labels, X)
 
     def sample(self, n_samples=1):
@@ -342,9 +342,10 @@ class GaussianMixture(_sklearn.Parent):
         x, p, missing = self._rows(X)
         out = x.clone() if n_draws is None else x.repeat(n_draws, 1, 1)
         if missing is not None and n_draws is None:
-            out[missing] = _missing.impute(x[missing], p)
+            out[missing] = _patterns.impute(x[missing], _patterns.Mixture.of(p))
         elif missing is not None:
-            out[:, missing] = _missing.draw(x[missing], p, n_draws, check_random_state(self.random_state))
+            out[:, missing] = _patterns.draw(x[missing], _patterns.Mixture.of(p), n_draws,
+                                              check_random_state(self.random_state))
         out = _rows.give_back(out, X)
         if not (hasattr(X, "columns") and hasattr(X, "index")):
             return out

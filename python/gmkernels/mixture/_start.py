@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans, kmeans_plusplus
 
-from .. import ops
+from .. import _patterns, ops
 from .._factors import cholesky_of_precisions, covariances_of
 
 _BLOCK = 1 << 20  # numbers of a block of responsibilities
@@ -123,7 +123,7 @@ def filled(x, weights, reg_covar):
 
     The Gaussian is fitted by a few EM iterations, on at most 20,000 rows.
     """
-    from . import _em, _missing  # they use this module
+    from . import _em  # they use this module
 
     d = x.shape[1]
     kind = "full" if d <= 512 else "diag"
@@ -141,4 +141,4 @@ def filled(x, weights, reg_covar):
                                        torch.diag_embed(factors), one.new_zeros(1), kind)
         rows = _em.Memory(some, None if weights is None else weights[::step].double())
         parameters = _em.run(rows, parameters, tol=1e-3, max_iter=20, reg_covar=reg_covar).parameters
-    return _missing.impute(x, parameters)
+    return _patterns.impute(x, _patterns.Mixture.of(parameters))
