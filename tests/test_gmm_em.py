@@ -101,8 +101,8 @@ def apart(n, d, k, covariance_type, dtype, scale, mixed=False):
 def test_clusters_far_apart(isa, covariance_type, mixed):
     """Components meet only the rows that are theirs: every width of a block of features, ragged ends, odd rows."""
     for dtype in cases.FLOATS:
-        for n, d, k, scale in [(700, 1, 40, 400), (519, 3, 40, 30), (300, 4, 64, 30), (261, 15, 50, 12), (131, 34, 40, 12),
-                               (201, 33, 33, 3), (70, 66, 40, 3)]:
+        for n, d, k, scale in [(700, 1, 40, 400), (519, 3, 40, 30), (300, 4, 64, 30), (261, 15, 50, 12),
+                               (131, 34, 40, 12), (201, 33, 33, 3), (70, 66, 40, 3)]:
             args = apart(n, d, k, covariance_type, dtype, scale * (1 if dtype is F32 else 5), mixed)
             share = (ops.gmm_responsibilities(*args, covariance_type) > 0).double().mean()
             assert mixed or share < 1 / 8
