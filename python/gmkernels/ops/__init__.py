@@ -4,6 +4,7 @@ from .diffusion import diffusion_step
 from .gmm import gmm_log_prob
 from .gmm_em import GMM_EM_ROWS, GmmParameters, GmmStatistics, gmm_em_statistics, gmm_m_step, gmm_responsibilities
 from .gmm_inference import gmm_posterior_mean, gmm_sample, gmm_score
+from .kmeans import KMeansResult, kmeans, kmeans_plus_plus
 from .masked_conv import masked_conv2d
 from .random import philox_normal, philox_uniform
 
@@ -11,6 +12,7 @@ __all__ = [
     "GMM_EM_ROWS",
     "GmmParameters",
     "GmmStatistics",
+    "KMeansResult",
     "diffusion_step",
     "gmm_em_statistics",
     "gmm_log_prob",
@@ -19,6 +21,8 @@ __all__ = [
     "gmm_responsibilities",
     "gmm_sample",
     "gmm_score",
+    "kmeans",
+    "kmeans_plus_plus",
     "masked_conv2d",
     "philox_normal",
     "philox_uniform",
