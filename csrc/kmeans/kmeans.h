@@ -10,11 +10,11 @@ namespace gmk {
 constexpr int64_t kKmeansGroupRows = 2048;  // summed in order by one thread; then the groups are added, in order
 
 struct KmeansInputs {
-  const void* x;                        // [n, d] of each data set
-  const void* sample_weight;            // [n]; null: all 1
-  int64_t x_stride, weight_stride;      // elements to the next data set; 0: one for all
-  int64_t b, n, k, d;                   // data sets, rows, centres, features
-  int dtype;                            // DType of x, weights, centres: float32 or float64
+  const void* x;                    // [n, d] of each data set
+  const void* sample_weight;        // [n]; null: all 1
+  int64_t x_stride, weight_stride;  // elements to the next data set; 0: one for all
+  int64_t b, n, k, d;               // data sets, rows, centres, features
+  int dtype;                        // DType of x, weights, centres: float32 or float64
 };
 
 struct KmeansPlusPlus {

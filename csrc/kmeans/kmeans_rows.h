@@ -16,7 +16,7 @@ constexpr int kWords = 2;
 constexpr int kCenters = 4;  // times kWords sums in registers
 
 template <class T>
-constexpr int64_t kTileRows = kWords* simd<T>::n;
+constexpr int64_t kTileRows = kWords * simd<T>::n;
 
 // The rows of one data set.
 template <class T>
@@ -33,12 +33,13 @@ struct Rows {
   int64_t group_end(int64_t g) const { return (g + 1) * kKmeansGroupRows < n ? (g + 1) * kKmeansGroupRows : n; }
   double weight_of(int64_t i) const { return weight ? double(weight[i]) : 1.0; }
 
-  // f(first, count) for the tiles of group g, each transposed into `tile` before.
+  // f(first, count) for the tiles of group g, each transposed into `tile` before; rows that lack are 0.
   template <class F>
   inline __attribute__((always_inline)) void tiles(T* tile, int64_t g, F f) const {
     const int64_t end = group_end(g);
     for (int64_t first = g * kKmeansGroupRows; first < end; first += kTileRows<T>) {
       const int64_t count = end - first < kTileRows<T> ? end - first : kTileRows<T>;
+      if (count < kTileRows<T>) memset(tile, 0, size_t(d * kTileRows<T>) * sizeof(T));  // load_tile ends at a word
       load_tile(tile, kTileRows<T>, x + first * d, count, d);
       f(first, count);
     }

@@ -44,8 +44,10 @@ def _batch(x, k, sample_weight, **others):
                          f" {', '.join(str(tuple(lead)) for lead in leads.values())}") from None
 
 
-def _check_values(sample_weight, **rows):
+def _check_values(sample_weight, uniforms=None, **rows):
     """Finite numbers, and not so large that a squared distance overflows; weights that mean something."""
+    if uniforms is not None and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
+        raise ValueError("uniforms must be in [0, 1)")
     for name, t in rows.items():
         if not t.numel():
             continue
@@ -85,13 +87,13 @@ _plus_plus = Kernel("kmeans_plus_plus")
 
 
 def _plus_plus_launch(outs, x, uniforms, sample_weight, k, trials):
-    _check_values(sample_weight, x=x)
+    _check_values(sample_weight, uniforms, x=x)
     ins, scalars = _rows(x, sample_weight, uniforms, 1, outs[1].shape[:-1])
     _plus_plus(outs, ins, *scalars, k, x.shape[-1], DTYPE_CODE[x.dtype], trials)
 
 
 def _plus_plus_reference(x, uniforms, sample_weight, k, trials):
-    _check_values(sample_weight, x=x)
+    _check_values(sample_weight, uniforms, x=x)
     return reference.kmeans.kmeans_plus_plus(x, uniforms, sample_weight, k, trials)
 
 
@@ -145,7 +147,6 @@ def kmeans_plus_plus(x, k, *, sample_weight=None, n_local_trials=None, seed=None
     check_floating("x", x)
     if sample_weight is not None:
         check_tensor("sample_weight", sample_weight)
-        sample_weight = sample_weight.detach()
     k = check_int("k", k, -(2**31), 2**31)
     batch = _batch(x, k, sample_weight)
     trials = local_trials(k) if n_local_trials is None else check_int("n_local_trials", n_local_trials, 1, 2**31)
@@ -163,9 +164,7 @@ def kmeans_plus_plus(x, k, *, sample_weight=None, n_local_trials=None, seed=None
         if uniforms.dim() < 1 or uniforms.shape[-1] != count:
             raise ValueError(f"uniforms must be [..., {count}] for k={k} and {trials} trials, got"
                              f" {tuple(uniforms.shape)}")
-        if not bool(((uniforms >= 0) & (uniforms < 1)).all()):
-            raise ValueError("uniforms must be in [0, 1)")
-    return _plus_plus_op(x.detach(), uniforms, sample_weight, k, trials)
+    return _plus_plus_op(x, uniforms, sample_weight, k, trials)
 
 
 # Lloyd ---------------------------------------------------------------------------------------------------------------
@@ -243,7 +242,6 @@ def kmeans(x, k=None, *, init="k-means++", max_iter=300, tol=1e-4, sample_weight
     check_floating("x", x)
     if sample_weight is not None:
         check_tensor("sample_weight", sample_weight)
-        sample_weight = sample_weight.detach()
     max_iter = check_int("max_iter", max_iter, 0, 2**31)
     if not 0 <= tol < math.inf:
         raise ValueError(f"tol must be finite and not negative, got {tol}")
@@ -259,4 +257,4 @@ def kmeans(x, k=None, *, init="k-means++", max_iter=300, tol=1e-4, sample_weight
             raise ValueError(f"init must be [..., k, d] with k={k}, got {tuple(init.shape)}")
         if seed is not None:
             raise ValueError("seed is for init='k-means++', but init is a tensor")
-    return KMeansResult(*_op(x.detach(), init.detach(), sample_weight, max_iter, float(tol)))
+    return KMeansResult(*_op(x, init, sample_weight, max_iter, float(tol)))
