@@ -134,6 +134,24 @@ def _gmm_impute(device):
     return _in_both(ops.gmm_impute, torch.where(x > 1, torch.nan, x), _mixture(device))
 
 
+def _kmeans(device):
+    x = _data(device, 3001, 5)
+    start = x[:7].clone()
+    return (
+        lambda: ops.kmeans(x, init=start, max_iter=1).centers,
+        lambda: reference.kmeans.kmeans(*_in_float64(x, start), None, 1, 0.0)[0],
+    )
+
+
+def _kmeans_plus_plus(device):
+    x = _data(device, 3001, 5)
+    u = ops.philox_uniform(1 + 6 * 3, seed=7, stream=256, dtype=torch.float64)
+    return (
+        lambda: ops.kmeans_plus_plus(x, 7, uniforms=u.to(device))[0],
+        lambda: reference.kmeans.kmeans_plus_plus(*_in_float64(x, u), None, 7, 3)[0],
+    )
+
+
 def _masked_conv2d(device):
     x, bias = _data(device, 2, 9, 11, 13), _data(device, 16, seed=2)
     weight = _data(device, 16, 9, 3, 3, seed=1) / 6
@@ -158,6 +176,8 @@ CASES = {
     "gmm_responsibilities": _gmm_responsibilities,
     "gmm_sample": _gmm_sample,
     "gmm_score": _gmm_score,
+    "kmeans": _kmeans,
+    "kmeans_plus_plus": _kmeans_plus_plus,
     "masked_conv2d": _masked_conv2d,
 }
 

@@ -5,6 +5,7 @@ from .gmm import GmmArguments, gmm_log_prob
 from .gmm_em import GMM_EM_ROWS, GmmParameters, GmmStatistics, gmm_em_statistics, gmm_m_step, gmm_responsibilities
 from .gmm_features import gmm_condition, gmm_impute, gmm_marginal
 from .gmm_inference import gmm_posterior_mean, gmm_sample, gmm_score
+from .kmeans import KMeansResult, kmeans, kmeans_plus_plus
 from .masked_conv import masked_conv2d
 from .random import philox_normal, philox_uniform
 
@@ -13,6 +14,7 @@ __all__ = [
     "GmmArguments",
     "GmmParameters",
     "GmmStatistics",
+    "KMeansResult",
     "diffusion_step",
     "gmm_condition",
     "gmm_em_statistics",
@@ -24,6 +26,8 @@ __all__ = [
     "gmm_responsibilities",
     "gmm_sample",
     "gmm_score",
+    "kmeans",
+    "kmeans_plus_plus",
     "masked_conv2d",
     "philox_normal",
     "philox_uniform",
