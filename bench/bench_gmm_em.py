@@ -1,4 +1,4 @@
-"""One iteration of EM, E-step and M-step, beside scikit-learn's own and the best eager forms in torch."""
+"""EM beside scikit-learn and the best eager forms in torch: one iteration on many rows, fits of many mixtures."""
 
 import math
 import warnings
@@ -8,7 +8,7 @@ import torch
 from .. import ops, reference
 from .case import Case
 
-OPS = ("gmm_em_statistics",)
+OPS = ("gmm_em_statistics", "gmm_fit")
 
 _REG = 1e-6
 # name, n, d, k, covariance, rows of an eager chunk, least ratio: scikit-learn float32, float64, fastest torch
@@ -141,7 +141,127 @@ def _error(f, args, covariance_type):
     return max(((g.double() - w).abs().max() / w.abs().max()).item() for g, w in pairs)
 
 
+# many small fits ------------------------------------------------------------------------------------------------------
+
+
+def _small(b, n, d, k):
+    """b data sets of k overlapping clusters."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 1.5 * torch.randn(b, k, d, generator=generator)
+    label = torch.randint(k, (b, n, 1), generator=generator)
+    return torch.take_along_dim(centres, label, 1) + torch.randn(b, n, d, generator=generator)
+
+
+def _scikit_learn_fits(x, k, start, **options):
+    """A loop over its own fits; from `start`, or from a start of its own."""
+    try:
+        from sklearn.mixture import GaussianMixture
+    except ImportError:
+        return "not installed"
+    rows, given = x.numpy(), [{}] * len(x)
+    if start is not None:
+        w, p = start.weights.double(), (start.precisions_cholesky @ start.precisions_cholesky.mT).numpy()
+        w, means = (w / w.sum(1, keepdim=True)).numpy(), start.means.numpy()
+        given = [{"weights_init": w[b], "means_init": means[b], "precisions_init": p[b]} for b in range(len(x))]
+
+    def fits():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return [GaussianMixture(k, reg_covar=_REG, random_state=0, **g, **options).fit(one)
+                    for one, g in zip(rows, given, strict=True)]
+
+    return fits
+
+
+def eager_fits(x, start, iterations):
+    """All mixtures at once in plain torch: features made once, two batched products an iteration, sums in float64."""
+    b, n, d = x.shape
+    i, j = torch.triu_indices(d, d, device=x.device)
+    centre = x.mean(1, keepdim=True)
+    t = x - centre
+    features = torch.cat([torch.ones_like(t[..., :1]), t, t[..., i] * t[..., j]], -1)
+    log_weights, means, p = start.log_weights, start.means - centre, start.precisions_cholesky
+    eye = torch.eye(d, dtype=torch.float64, device=x.device)
+    for _ in range(iterations):
+        precision = p @ p.mT
+        linear = (precision @ means[..., None])[..., 0]
+        square = -torch.where(i == j, 0.5, 1.0).to(x) * precision[..., i, j]
+        constant = (log_weights + p.diagonal(dim1=-2, dim2=-1).log().sum(-1) - 0.5 * d * math.log(2 * math.pi)
+                    - 0.5 * (means * linear).sum(-1))
+        lp = features @ torch.cat([constant[..., None], linear, square], -1).mT
+        row = torch.logsumexp(lp, -1, keepdim=True)
+        sums = ((lp - row).exp().mT @ features).double()
+        nk, likelihood = sums[..., :1], row.mean()
+        delta, second = sums[..., 1 : 1 + d] / nk, sums[..., 1 + d :] / nk
+        covariances = second.new_empty(*second.shape[:2], d, d)
+        covariances[..., i, j] = covariances[..., j, i] = second
+        covariances = covariances - delta[..., :, None] * delta[..., None, :] + _REG * eye
+        low = torch.linalg.cholesky(covariances)
+        factor = torch.linalg.solve_triangular(low, eye.expand_as(low), upper=False).mT
+        log_weights, means, p = ((nk[..., 0] / n).log().to(x), delta.to(x), factor.to(x))
+    return means + centre, covariances.to(x), likelihood
+
+
+def _fit_case(x, k, iterations):
+    """From one start, the same number of iterations for all; or (None) every fit as it comes."""
+    b, n, d = x.shape
+    start = ops.gmm_fit(x, k, max_iter=0, seed=0) if iterations else None
+    options = {"init": start, "max_iter": iterations, "tol": 0.0} if iterations else {"seed": 0}
+    theirs = {"max_iter": iterations, "tol": 0.0} if iterations else {}
+    few, some = b // 100, b // 10
+
+    def part(count):
+        return None if start is None else ops.GmmParameters(
+            *(t[:count] for t in (start.weights, start.log_weights, start.means, start.covariances,
+                                  start.precisions_cholesky, start.status)), "full")
+
+    rivals = {"scikit-learn, a loop": _scikit_learn_fits(x[:few], k, part(few), **theirs)}
+    note = f"scikit-learn timed on {few} of the mixtures, scaled"
+    if iterations:
+        rivals["eager, batched"] = lambda: eager_fits(x[:some], part(some), iterations)
+        note = f"scikit-learn timed on {few} of the mixtures, eager on {some}, both scaled"
+
+    def error(f):
+        exact = [t[:20].double() for t in (start.log_weights, start.means, start.precisions_cholesky)]
+        want = reference.gmm_fit.gmm_fit(x[:20].double(), None, None, None, *exact, k, "full", iterations, 0, 0, 1, 0,
+                                         0.0, _REG)
+        pairs = zip(f(), want[2:4], strict=True)
+        return max(((g.double() - w).abs().max() / w.abs().max()).item() for g, w in pairs)
+
+    def ours_few():
+        made = ops.gmm_fit(x[:20], k, init=part(20), max_iter=iterations, tol=0.0)
+        return made.means, made.covariances
+
+    how = f"{iterations} iterations from one start" if iterations else "whole fits, a start of their own"
+    dtype = str(x.dtype).removeprefix("torch.")
+    return Case(
+        "gmm_fit",
+        f"{b // 1000}k of {n} x {d}, {k} full, {how}",
+        ours=lambda: ops.gmm_fit(x, k, **options),
+        rivals=rivals,
+        dtype=dtype,
+        bytes=x.element_size() * x.numel(),
+        flops=b * iterations * 2 * n * k * (d * d + 3 * d) if iterations else 0.0,
+        exps=b * iterations * n * k if iterations else 0.0,
+        error=(lambda: error(ours_few)) if iterations else None,
+        rival_error=(lambda: error(lambda: eager_fits(x[:20], part(20), iterations)[:2])) if iterations else None,
+        parts={"scikit-learn, a loop": few / b, "eager, batched": some / b},
+        goals={"scikit-learn, a loop": 100},
+        note=note,
+    )
+
+
+def _fit_cases(quick):
+    x = _small(1000 if quick else 10_000, 200, 4, 3)
+    for dtype in (torch.float32,) if quick else (torch.float32, torch.float64):
+        yield _fit_case(x.to(dtype), 3, 20)
+        if not quick:
+            yield _fit_case(x.to(dtype), 3, None)
+
+
 def cases(quick, device):
+    if torch.device(device).type == "cpu":  # elsewhere there is no kernel, and the reference loops
+        yield from _fit_cases(quick)
     for name, n, d, k, covariance_type, chunk, single, double, fastest in _ROWS:
         if quick and name not in "AE":
             continue

@@ -27,6 +27,7 @@ class Case:
     normals: float = 0.0  # normal numbers that must be made
     error: Callable[[], float] | None = None  # ours against float64: max |difference| / max |reference|
     rival_error: Callable[[], float] | None = None  # the same for the best rival
+    parts: dict[str, float] = field(default_factory=dict)  # rival -> share of the job in its call; say so in note
     goals: dict[str, float] = field(default_factory=dict)  # rival ("fastest": whichever is) -> least ratio rival / ours
     share_goal: float = 0.0  # least share of the ceiling
     note: str = ""

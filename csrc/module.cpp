@@ -11,6 +11,7 @@ void bind_diffusion(py::module_&);
 void bind_gmm(py::module_&);
 void bind_gmm_em(py::module_&);
 void bind_kmeans(py::module_&);
+void bind_gmm_fit(py::module_&);
 void bind_masked_conv(py::module_&);
 
 #ifdef GMK_WITH_CUDA
@@ -26,6 +27,7 @@ PYBIND11_MODULE(_C, m) {
   bind_gmm(m);
   bind_gmm_em(m);
   bind_kmeans(m);
+  bind_gmm_fit(m);
   bind_masked_conv(m);
 
   m.def("adopt_torch", adopt_torch);

@@ -54,6 +54,12 @@ def result():
     )
 
 
+def test_a_rival_timed_on_a_part_is_scaled():
+    whole, part = (run(case(parts=parts))["rows"][0]["rivals"]["slow"] for parts in ({}, {"slow": 0.01, "gone": 0.5}))
+    assert whole["median"] < 0.1 < 0.5 < part["median"]
+    assert part["ratio"]["median"] > 20 * whole["ratio"]["median"]
+
+
 # numbers -------------------------------------------------------------------------------------------------------------
 
 

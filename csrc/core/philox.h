@@ -101,6 +101,7 @@ enum PhiloxStream : uint32_t {
   kStreamDiffusionStep = 2,
   kStreamGmmComponent = 3,
   kStreamGmmNormal = 4,
+  kStreamGmmFit = 6,
 };
 
 }  // namespace gmk

@@ -21,6 +21,7 @@ struct Block {
   T* centred;  // [d][rows], where the mixture is centred
   T weight[rows], alive[rows], scale[rows];
   double log_likelihood[n];
+  int used = rows;  // whole words: what is past them is not computed
 
   static int64_t numbers(const GmmInputs& in) { return (2 * in.d + in.k) * rows; }
   void take(const GmmInputs& in, T* at) {
@@ -67,23 +68,23 @@ struct Block {
     const T* from = x;
     if (!matrix && m.centred) {
       for (int64_t f = 0; f < m.d; ++f)
-#pragma GCC unroll 16
-        for (int u = 0; u < rows / n; ++u)
+        for (int u = 0; u < used / n; ++u)
           store(centred + f * rows + u * n, load(x + f * rows + u * n) - splat(m.centre[f]));
       from = centred;
     }
     const int step = tile_words(m.d) < rows / n ? tile_words(m.d) : rows / n;
-    for (int u = 0; u < rows / n; u += step)
+    for (int u = 0; u < used / n; u += step)
       for (int64_t c = 0; c < m.k; ++c) {
+        const int words = used / n - u < step ? used / n - u : step;
         T* const to = e + c * rows + u * n;
         if (m.constants[c] == T(-INFINITY))
-          for (int w = 0; w < step; ++w) store(to + w * n, splat(T(-INFINITY)));
+          for (int w = 0; w < words; ++w) store(to + w * n, splat(T(-INFINITY)));
         else if (matrix)
-          component<T, true, false>(to, from + u * n, rows, step, m, c);
+          component<T, true, false>(to, from + u * n, rows, words, m, c);
         else if (m.centred)
-          component<T, false, true>(to, from + u * n, rows, step, m, c);
+          component<T, false, true>(to, from + u * n, rows, words, m, c);
         else
-          component<T, false, false>(to, from + u * n, rows, step, m, c);
+          component<T, false, false>(to, from + u * n, rows, words, m, c);
       }
   }
 
@@ -97,9 +98,9 @@ struct Block {
 
   void softmax(int64_t k, int64_t d) {
     using v = typename simd<T>::v;
-    bool far = false;
+    typename simd<T>::i far{};
     const v least = splat(T(sizeof(T) == 4 ? -3.4028234e38 : -1.7976931348623157e308));  // -inf - -inf would be NaN
-    for (int u = 0; u < rows / n; ++u) {
+    for (int u = 0; u < used / n; ++u) {
       T* const p = e + u * n;
       v top = least, sum{};
       for (int64_t c = 0; c < k; ++c) top = vmax(load(p + c * rows), top);
@@ -111,14 +112,16 @@ struct Block {
       const v w = load(weight + u * n);
       const auto dead = (typename simd<T>::i)((load(alive + u * n) == v{}) | (sum == v{}));
       store(scale + u * n, select(dead, v{}, w / sum));
-      for (int l = 0; l < n; ++l) far |= dead[l] != 0;
+      far |= dead;
       const v log_prob = select(dead, splat(T(-INFINITY)), top + vlog(sum));
       T part[n];
       store(part, select((typename simd<T>::i)(w == v{}), v{}, w * log_prob));
       for (int l = 0; l < n; ++l) log_likelihood[l] += double(part[l]);
     }
-    if (!far) return;
-    for (int row = 0; row < rows; ++row)  // its square may be infinite
+    bool some = false;
+    for (int l = 0; l < n; ++l) some |= far[l] != 0;
+    if (!some) return;
+    for (int row = 0; row < used; ++row)  // its square may be infinite
       if (scale[row] == T(0))
         for (int64_t f = 0; f < d; ++f) x[f * rows + row] = T(0);
   }

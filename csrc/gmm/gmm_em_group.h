@@ -80,19 +80,19 @@ struct Worker {
     if (same) {
       if (narrow)
         for (int64_t c = 0; c < s.k; ++c)
-          for (int row = 0; row < rows; row += simd<T>::n) {
+          for (int row = 0; row < block.used; row += simd<T>::n) {
             T* const e = block.e + c * rows + row;
             store(e, load(e) * load(block.scale + row));
           }
       return reinterpret_cast<const A*>(block.e);
     }
     for (int64_t c = 0; c < s.k; ++c)
-      for (int row = 0; row < rows; ++row) r[c * rows + row] = A(block.e[c * rows + row] * block.scale[row]);
+      for (int row = 0; row < block.used; ++row) r[c * rows + row] = A(block.e[c * rows + row] * block.scale[row]);
     return r;
   }
   void transpose_responsibilities(const Sums& s, const A* from) {
     for (int64_t c = 0; c < s.step; c += n)
-      for (int row = 0; row < rows; row += n) {
+      for (int row = 0; row < block.used; row += n) {
         typename simd<A>::v e[n];
         typename simd<A>::v scale = splat(A(1));
         if (same) scale = load(reinterpret_cast<const A*>(block.scale) + row);
@@ -103,6 +103,17 @@ struct Worker {
 #pragma GCC unroll 16
         for (int l = 0; l < n; ++l) store(transposed + (row + l) * s.step + c, e[l]);
       }
+  }
+
+  // `count` features [rows], from feature `first` on, meet their responsibilities.
+  void add_linear(const Sums& s, A* slot, const A* from, const A* f, int64_t first, int64_t count) {
+    if (narrow)
+      narrow_sums<A, rows>(lanes + first * s.k * n, f, from, s.k, count, block.used);
+    else
+      wide_sums<A, rows>(slot + first * s.step, f, transposed, s.step, count, block.used);
+  }
+  void add_shared(const A* f, int64_t first, int64_t count) {
+    narrow_sums<A, rows>(shared_lanes + first * n, f, row_weight, 1, count, block.used);
   }
 
   struct Stream {  // features on their way to the sums
@@ -118,13 +129,16 @@ struct Worker {
       if (count == chunk) flush();
       return w.features + rows * count++;
     }
+    void turn_to_shared() {
+      flush();
+      shared = true;
+      done = 0;
+    }
     void flush() {
       if (shared)
-        narrow_sums<A, rows>(w.shared_lanes + done * n, w.features, w.row_weight, 1, count);
-      else if (narrow)
-        narrow_sums<A, rows>(w.lanes + done * s.k * n, w.features, r, s.k, count);
+        w.add_shared(w.features, done, count);
       else
-        wide_sums<A, rows>(slot + done * s.step, w.features, w.transposed, s.step, count);
+        w.add_linear(s, slot, r, w.features, done, count);
       done += count;
       count = 0;
     }
@@ -134,28 +148,9 @@ struct Worker {
     for (int row = 0; row < rows; row += n) store(to + row, load(a + row) * load(b + row));
   }
 
-  void subtract(const Sums& s, const T* shift) {
-    for (int64_t f = 0; f < s.d; ++f)
-      for (int row = 0; row < rows; ++row) t[f * rows + row] = A(block.x[f * rows + row]) - A(shift[f]);
-  }
-  void add_products(const Sums& s, Stream& out) {
-    for (int64_t a = 0; a < s.d; ++a)
-      for (int64_t b = a; b < s.d; ++b) multiply(out.next(), t + a * rows, t + b * rows);
-  }
-  // tied: of all components at once.
-  void add_shared(const Sums& s, Stream& out) {
-    out.flush();
-    out.shared = true;
-    out.done = 0;
-    for (int row = 0; row < rows; ++row) {
-      const T scale = block.scale[row];  // NaN where the row has one, which then is in every product
-      row_weight[row] = scale == T(0) ? A(0) : A(scale == scale ? block.weight[row] : scale);
-    }
-    add_products(s, out);
-  }
-  void add_features(const Sums& s, const T* shift, const A* from, A* slot) {
-    subtract(s, shift);
-    Stream out{*this, s, from, slot};
+  // All features of the rows in t, in the order of the sums; out.next(): where the next one goes.
+  template <class Out>
+  void form_features(const Sums& s, Out& out) {
     A* const one = out.next();
     for (int row = 0; row < rows; ++row) one[row] = A(1);
     for (int64_t f = 0; f < s.d; ++f) memcpy(out.next(), t + f * rows, sizeof(A) * rows);
@@ -169,18 +164,58 @@ struct Worker {
         store(square + row, sum);
       }
     }
-    if (s.covariance == kTied) add_shared(s, out);
-    if (s.covariance == kFull) add_products(s, out);
+    if (matrix_covariance(s.covariance)) form_products(s, out);
+  }
+  template <class Out>
+  void form_products(const Sums& s, Out& out) {
+    if (s.covariance == kTied) out.turn_to_shared();
+    for (int64_t a = 0; a < s.d; ++a)
+      for (int64_t b = a; b < s.d; ++b) multiply(out.next(), t + a * rows, t + b * rows);
+  }
+  void weigh_rows(const Sums& s) {
+    if (s.covariance != kTied) return;
+    for (int row = 0; row < rows; ++row) {
+      const T scale = block.scale[row];  // NaN where the row has one, which then is in every product
+      row_weight[row] = scale == T(0) ? A(0) : A(scale == scale ? block.weight[row] : scale);
+    }
+  }
+  void subtract(const Sums& s, const T* shift) {
+    for (int64_t f = 0; f < s.d; ++f)
+      for (int row = 0; row < rows; ++row) t[f * rows + row] = A(block.x[f * rows + row]) - A(shift[f]);
+  }
+  void add_features(const Sums& s, const T* shift, const A* from, A* slot) {
+    subtract(s, shift);
+    weigh_rows(s);
+    Stream out{*this, s, from, slot};
+    form_features(s, out);
     out.flush();
+  }
+  const A* final_responsibilities(const Sums& s) {  // as the sums take them
+    const A* const from = responsibilities(s);
+    if (!narrow) transpose_responsibilities(s, from);
+    return from;
+  }
+
+  void begin_sums(const Sums& s, A* slot) {
+    memset(slot, 0, size_t(s.numbers()) * sizeof(A));
+    if (narrow) memset(lanes, 0, size_t(s.linear * s.k * n) * sizeof(A));
+    memset(shared_lanes, 0, size_t(s.shared * n) * sizeof(A));
+    memset(block.log_likelihood, 0, sizeof block.log_likelihood);
+  }
+  // The rows in block.x, with block.e times block.scale as responsibilities.
+  void add_block(const Sums& s, const T* shift, A* slot) { add_features(s, shift, final_responsibilities(s), slot); }
+  double end_sums(const Sums& s, A* slot) {  // the log-likelihood
+    if (narrow) add_lanes(slot, lanes, s.linear * s.k);
+    add_lanes(slot + s.linear * s.step, shared_lanes, s.shared);
+    double sum = 0;
+    for (int l = 0; l < simd<T>::n; ++l) sum += block.log_likelihood[l];
+    return sum;
   }
 
   // slot: the sums, overwritten. heads: log-likelihood and weight.
   void group(const Sums& s, const Mixture<T>& m, bool matrix, const T* x, const T* weights, const T* shift,
              int64_t count, A* slot, double* heads) {
-    memset(slot, 0, size_t(s.numbers()) * sizeof(A));
-    if (narrow) memset(lanes, 0, size_t(s.linear * s.k * n) * sizeof(A));
-    memset(shared_lanes, 0, size_t(s.shared * n) * sizeof(A));
-    memset(block.log_likelihood, 0, sizeof block.log_likelihood);
+    begin_sums(s, slot);
     heads[1] = 0;
     bool scattered = false;
     for (int64_t row = 0; row < count; row += rows) {
@@ -189,28 +224,23 @@ struct Worker {
       for (int i = 0; i < rows; ++i) heads[1] += double(block.weight[i]);
       block.densities(m, matrix);
       block.softmax(s.k, s.d);
-      if (!narrow && block.nonzero(s.k) * kSparse <= rows * s.k) {
-        if (!scattered) memset(sparse.sums, 0, size_t(s.k * sparse.per) * sizeof(A));
-        scattered = true;
-        sparse.load_rows(x + row * s.d, shift, some);
-        sparse.add(block.e, block.scale);
-        if (s.covariance == kTied) {
-          subtract(s, shift);
-          Stream out{*this, s, nullptr, slot};
-          add_shared(s, out);
-          out.flush();
-        }
+      if (narrow || block.nonzero(s.k) * kSparse > rows * s.k) {
+        add_block(s, shift, slot);
         continue;
       }
-      const A* const from = responsibilities(s);
-      if (!narrow) transpose_responsibilities(s, from);
-      add_features(s, shift, from, slot);
+      if (!scattered) memset(sparse.sums, 0, size_t(s.k * sparse.per) * sizeof(A));
+      scattered = true;
+      sparse.load_rows(x + row * s.d, shift, some);
+      sparse.add(block.e, block.scale);
+      if (s.covariance != kTied) continue;
+      subtract(s, shift);
+      weigh_rows(s);
+      Stream out{*this, s, nullptr, slot};
+      form_products(s, out);
+      out.flush();
     }
     if (scattered) sparse.move(slot, s.step);
-    if (narrow) add_lanes(slot, lanes, s.linear * s.k);
-    add_lanes(slot + s.linear * s.step, shared_lanes, s.shared);
-    heads[0] = 0;
-    for (int l = 0; l < simd<T>::n; ++l) heads[0] += block.log_likelihood[l];
+    heads[0] = end_sums(s, slot);
   }
 };
 
@@ -237,7 +267,7 @@ static void unpack(double* out, const double* sums, const Sums& s, int64_t begin
   for (int64_t a = 0; a < s.d; ++a)
     for (int64_t b = a; b < s.d; ++b) s2[a * s.d + b] = s2[b * s.d + a] = *from++;
 }
-static void pack(double* sums, const double* in, const Sums& s) {
+static __attribute__((unused)) void pack(double* sums, const double* in, const Sums& s) {
   const double* const nk = in + 2;
   const double* const s1 = nk + s.k;
   const double* const s2 = s1 + s.k * s.d;

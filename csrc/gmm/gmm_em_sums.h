@@ -19,9 +19,9 @@ constexpr int kTall[5] = {0, 12, 6, 4, 3};
 constexpr int kNarrowFeatures = 6, kNarrowComponents = 2;
 #endif
 
-// F [J][rows], R [rows][step]; V words of components.
+// F [J][rows], R [rows][step], `used` of the rows; V words of components.
 template <class T, int J, int V, int rows>
-GMK_INLINE void wide_tile(T* s, const T* f, const T* r, int64_t step) {
+GMK_INLINE void wide_tile(T* s, const T* f, const T* r, int64_t step, int used) {
   using v = typename simd<T>::v;
   constexpr int n = simd<T>::n;
   v sum[J][V];
@@ -29,7 +29,7 @@ GMK_INLINE void wide_tile(T* s, const T* f, const T* r, int64_t step) {
   for (int j = 0; j < J; ++j)
 #pragma GCC unroll 4
     for (int u = 0; u < V; ++u) sum[j][u] = v{};
-  for (int row = 0; row < rows; ++row) {
+  for (int row = 0; row < used; ++row) {
     v b[V];
 #pragma GCC unroll 4
     for (int u = 0; u < V; ++u) b[u] = load(r + row * step + u * n);
@@ -46,26 +46,26 @@ GMK_INLINE void wide_tile(T* s, const T* f, const T* r, int64_t step) {
     for (int u = 0; u < V; ++u) store(s + j * step + u * n, load(s + j * step + u * n) + sum[j][u]);
 }
 template <class T, int V, int rows>
-static void wide_panel(T* s, const T* f, const T* r, int64_t step, int64_t features) {
+static void wide_panel(T* s, const T* f, const T* r, int64_t step, int64_t features, int used) {
   for_blocks<kTall[V]>(features, [&](auto size, int64_t t) __attribute__((always_inline)) {
-    wide_tile<T, decltype(size)::value, V, rows>(s + t * step, f + t * rows, r, step);
+    wide_tile<T, decltype(size)::value, V, rows>(s + t * step, f + t * rows, r, step, used);
   });
 }
 // s [features][step], step a whole number of words.
 template <class T, int rows>
-static void wide_sums(T* s, const T* f, const T* r, int64_t step, int64_t features) {
+static void wide_sums(T* s, const T* f, const T* r, int64_t step, int64_t features, int used) {
   constexpr int n = simd<T>::n;
   int64_t c = 0;
-  for (; c + kPanel * n <= step; c += kPanel * n) wide_panel<T, kPanel, rows>(s + c, f, r + c, step, features);
+  for (; c + kPanel * n <= step; c += kPanel * n) wide_panel<T, kPanel, rows>(s + c, f, r + c, step, features, used);
   const int64_t words = (step - c) / n;
-  if (kPanel > 3 && words == 3) wide_panel<T, 3, rows>(s + c, f, r + c, step, features);
-  if (words == 2) wide_panel<T, 2, rows>(s + c, f, r + c, step, features);
-  if (words == 1) wide_panel<T, 1, rows>(s + c, f, r + c, step, features);
+  if (kPanel > 3 && words == 3) wide_panel<T, 3, rows>(s + c, f, r + c, step, features, used);
+  if (words == 2) wide_panel<T, 2, rows>(s + c, f, r + c, step, features, used);
+  if (words == 1) wide_panel<T, 1, rows>(s + c, f, r + c, step, features, used);
 }
 
 // F [J][rows], R [C][rows]; each of the sums s[t][c] is one word.
 template <class T, int J, int C, int rows>
-GMK_INLINE void narrow_tile(T* s, const T* f, const T* r, int64_t k) {
+GMK_INLINE void narrow_tile(T* s, const T* f, const T* r, int64_t k, int used) {
   using v = typename simd<T>::v;
   constexpr int n = simd<T>::n;
   v sum[J][C];
@@ -73,7 +73,7 @@ GMK_INLINE void narrow_tile(T* s, const T* f, const T* r, int64_t k) {
   for (int j = 0; j < J; ++j)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) sum[j][c] = v{};
-  for (int row = 0; row < rows; row += n) {
+  for (int row = 0; row < used; row += n) {
     v b[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) b[c] = load(r + c * rows + row);
@@ -94,12 +94,12 @@ GMK_INLINE void narrow_tile(T* s, const T* f, const T* r, int64_t k) {
 }
 // s [features][k][n]
 template <class T, int rows>
-static void narrow_sums(T* s, const T* f, const T* r, int64_t k, int64_t features) {
+static void narrow_sums(T* s, const T* f, const T* r, int64_t k, int64_t features, int used) {
   constexpr int n = simd<T>::n;
   for_blocks<kNarrowFeatures>(features, [&](auto tall, int64_t t) __attribute__((always_inline)) {
     for_blocks<kNarrowComponents>(k, [&](auto wide, int64_t c) __attribute__((always_inline)) {
       narrow_tile<T, decltype(tall)::value, decltype(wide)::value, rows>(s + (t * k + c) * n, f + t * rows,
-                                                                         r + c * rows, k);
+                                                                         r + c * rows, k, used);
     });
   });
 }

@@ -87,6 +87,16 @@ def _gmm_m_step(device):
     return lambda: ops.gmm_m_step(stat).precisions_cholesky, lambda: want[4]
 
 
+def _gmm_fit(device):
+    x, means = _data(device, 2, 301, 5), _data(device, 2, 4, 5, seed=1)
+    nothing, options = (None,) * 4, (4, "full", 5, 0, 0, 1, 0, 1e-3, 1e-6)
+    wide = _in_float64(x, means)
+    return (
+        lambda: ops.gmm_fit(x, 4, init=means, max_iter=5).precisions_cholesky,
+        lambda: reference.gmm_fit.gmm_fit(wide[0], *nothing, wide[1], None, *options)[4],
+    )
+
+
 def _gmm_score(device):
     args = (_data(device, 301, 5), *_mixture(device))
     ones, nothing = torch.ones(301, dtype=torch.float64), None
@@ -169,6 +179,7 @@ CASES = {
     "gmm_condition": _gmm_condition,
     "gmm_em_statistics": _gmm_em_statistics,
     "gmm_impute": _gmm_impute,
+    "gmm_fit": _gmm_fit,
     "gmm_log_prob": _gmm_log_prob,
     "gmm_m_step": _gmm_m_step,
     "gmm_marginal": _gmm_marginal,

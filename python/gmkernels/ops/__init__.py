@@ -4,6 +4,7 @@ from .diffusion import diffusion_step
 from .gmm import GmmArguments, gmm_log_prob
 from .gmm_em import GMM_EM_ROWS, GmmParameters, GmmStatistics, gmm_em_statistics, gmm_m_step, gmm_responsibilities
 from .gmm_features import gmm_condition, gmm_impute, gmm_marginal
+from .gmm_fit import GmmFit, gmm_fit
 from .gmm_inference import gmm_posterior_mean, gmm_sample, gmm_score
 from .kmeans import KMeansResult, kmeans, kmeans_plus_plus
 from .masked_conv import masked_conv2d
@@ -12,6 +13,7 @@ from .random import philox_normal, philox_uniform
 __all__ = [
     "GMM_EM_ROWS",
     "GmmArguments",
+    "GmmFit",
     "GmmParameters",
     "GmmStatistics",
     "KMeansResult",
@@ -19,6 +21,7 @@ __all__ = [
     "gmm_condition",
     "gmm_em_statistics",
     "gmm_impute",
+    "gmm_fit",
     "gmm_log_prob",
     "gmm_m_step",
     "gmm_marginal",

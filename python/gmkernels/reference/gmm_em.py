@@ -81,6 +81,11 @@ def _group(x, log_weights, means, precisions_cholesky, w, shift, covariance_type
     r = gmm_responsibilities(x, log_weights, means, precisions_cholesky, covariance_type).double()
     r = r * w[..., None].double()
     t = clean.double() - shift[..., None, :]
+    return sums_of(r, t, row.sum(-1), w.double().sum(-1), covariance_type)
+
+
+def sums_of(r, t, log_likelihood, weight, covariance_type):
+    """All sums [..., 2 + numbers], from r [..., n, k], responsibilities times weights, and t = x - shift."""
     nk = r.sum(-2)
     s1 = r.mT @ t
     if covariance_type == "full":
@@ -92,7 +97,7 @@ def _group(x, log_weights, means, precisions_cholesky, w, shift, covariance_type
     else:
         s2 = (r.mT @ (t * t).sum(-1)[..., None])[..., 0]
     lead = nk.shape[:-1]
-    return torch.cat([row.sum(-1)[..., None], w.double().sum(-1)[..., None], nk, s1.reshape(*lead, -1),
+    return torch.cat([log_likelihood[..., None], weight[..., None], nk, s1.reshape(*lead, -1),
                       s2.reshape(*lead, -1)], -1)
 
 
