@@ -199,7 +199,7 @@ def path(request, device, monkeypatch):
 
 
 MATRIX_SHAPES = [(1, 1, 1), (33, 15, 2), (130, 16, 3), (16, 17, 5), (34, 31, 2), (20, 32, 3), (65, 33, 2), (17, 64, 2),
-                 (40, 65, 2)]  # n, d, k
+                 (40, 65, 2), (127, 16, 1)]  # n, d, k
 
 
 DIAGONAL_SHAPES = [(257, 1, 1), (9, 4, 17), (70, 5, 16), (129, 8, 9), (65, 33, 5), (33, 64, 3), (34, 65, 2)]
@@ -243,6 +243,29 @@ def test_tensor_cores_are_used(device, monkeypatch):
             ops.gmm_log_prob(*mixture(9, 16, 1, "full", F32), "full")
             work.append(backend.module().counters()[0])
         assert work == [2 * 32 + 96, 64]  # threads: preparing takes 128, nine rows 32; the plain path 64
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_more_to_do_than_blocks(device, covariance_type, dtype):
+    """Every block goes around several times, with tiles that others may still be reading."""
+    with cases.few_blocks(device):
+        for n, d, k in ((300, 3, 3), (127, 16, 5)):
+            check(mixture(n, d, k, covariance_type, dtype, batch=(2,)), covariance_type)
+
+
+@pytest.mark.parametrize("covariance_type", ["diag", "spherical"])
+def test_nothing_but_components_without_weight(device, covariance_type):
+    args = mixture(9, 5, 20, covariance_type, F32, device.torch)
+    args[1][:17] = -INF  # the first tile of components, and some of the next
+    ones = torch.ones(9, device=device.torch)
+    want, wanted = run([args[0], *(t[17:] for t in args[1:])], covariance_type, ones)
+    lp, grads = run(args, covariance_type, ones)
+    cases.close(lp, want, rtol=1e-6)
+    cases.close(grads[0], wanted[0], rtol=1e-5, atol=1e-5)
+    args[1][:] = -INF
+    lp, grads = run(args, covariance_type, ones)
+    assert (lp == -INF).all() and all((g == 0).all() for g in grads)
 
 
 @pytest.mark.parametrize("covariance_type", TYPES)
@@ -301,7 +324,22 @@ def test_tensor_cores_many_rows(device, path, monkeypatch):
     check(mixture(210, 16, 2, "full", F32, device.torch), "full")
 
 
-@pytest.mark.parametrize("d", [3, 17])
+def test_tensor_cores_products_that_are_no_number(device, path):
+    """inf - inf among huge numbers: such a component has no density there, and the others keep theirs."""
+    if path == "plain":
+        pytest.skip("NaN on the plain path: no promise")
+    x, lw, m, p = mixture(20, 16, 3, "full", F32, device.torch)
+    ones = torch.ones(20, device=device.torch)
+    want, wanted = run([x, lw[:2], m[:2], p[:2]], "full", ones)
+    m[2, ::2], m[2, 1::2] = 3e38, -3e38
+    p[2] = p[2].abs().triu() * 9 + torch.eye(16, device=p.device)
+    lp, grads = run([x, lw, m, p], "full", ones)
+    assert torch.equal(lp, want) and torch.equal(grads[0], wanted[0])
+    for g, w in zip(grads[1:], wanted[1:], strict=True):
+        assert torch.equal(g[:2], w) and (g[2] == 0).all()
+
+
+@pytest.mark.parametrize("d", [3, 16, 17])
 @pytest.mark.parametrize("covariance_type", ["full", "tied"])
 def test_tensor_cores_special_values(device, path, covariance_type, d):
     args = mixture(21, d, 4, covariance_type, F32, device.torch)
