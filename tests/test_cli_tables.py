@@ -332,6 +332,11 @@ def test_normal_rows(tmp_path, ok, refused, out):
     said = ok("score", path, "--normal", normal, "-o", out)
     flags = np.array([row["anomaly"] == "1" for row in csv.DictReader(open(out, newline=""))])
     assert flags[300:].all() and flags[:300].mean() < 0.02 and "calibrated on 300 normal rows" in said
+    wide = rows(2100, d=8, seed=4)  # 100 rows, 135 numbers: they look usual only to the mixture that has seen them
+    small = write(tmp_path, lines(wide[:150], "a,b,c,d,e,f,g,h"), "small.csv")
+    new = write(tmp_path, lines(wide[150:], "a,b,c,d,e,f,g,h"), "new.csv")
+    said = ok("score", new, "--normal", small, "--covariance", "full", "--contamination", 0.1)
+    assert int(said.split("flagged: ")[1].split()[0]) < 0.2 * 1950
     few = write(tmp_path, lines(X[:30]), "few.csv")
     os.remove(out)
     assert "needs at least 99 rows; the 10 rows of --normal that calibrate are too few" in refused(
