@@ -46,15 +46,19 @@ class Lloyd {
 
   Status run() {
     if (!before_.ok() || !tiles_.ok() || !slots_.ok() || !total_.ok()) return kOutOfMemory;
-    memcpy(centers_, (const T*)a_.init + b_ * a_.init_stride, size_t(k_ * d_) * sizeof(T));
+    copy(centers_, (const T*)a_.init + b_ * a_.init_stride, k_ * d_);
     for (int64_t i = 0; i < rows_.n; ++i) labels_[i] = -1;
-    const double enough = a_.max_iter > 0 && a_.tol > 0 ? a_.tol * mean_variance() : 0;
+    double enough = 0;
+    if (a_.max_iter > 0 && a_.tol > 0 && d_ > 0) {
+      if (!mean_variance(&enough)) return kOutOfMemory;
+      enough *= a_.tol;
+    }
     bool fresh = false;  // do labels and inertia belong to the centres?
     int64_t it = 0;
     while (it < a_.max_iter) {
       ++it;
       pass(true);
-      memcpy(before_.get(), centers_, size_t(k_ * d_) * sizeof(T));
+      copy(before_.get(), (const T*)centers_, k_ * d_);
       if (!move()) return kOutOfMemory;
       double shift = 0;
       for (int64_t c = 0; c < k_; ++c) shift += squared_distance(centers_ + c * d_, before_.get() + c * d_, d_);
@@ -198,11 +202,11 @@ class Lloyd {
     return true;
   }
 
-  // Of the features, weighted, about the first row.
-  double mean_variance() {
+  // Of the features, weighted, about the first row. false: out of memory.
+  bool mean_variance(double* variance) {
     const int64_t groups = rows_.groups(), size = 2 * d_ + 1;
     Scratch<double> parts(groups * size);
-    if (!parts.ok() || !d_) return 0;
+    if (!parts.ok()) return false;
 #pragma omp parallel for num_threads(threads_) if (threads_ > 1) schedule(static)
     for (int64_t g = 0; g < groups; ++g) {
       double* const sum = parts.get() + g * size;
@@ -220,12 +224,13 @@ class Lloyd {
     double* const all = parts.get();
     for (int64_t g = 1; g < groups; ++g)
       for (int64_t e = 0; e < size; ++e) all[e] += all[g * size + e];
-    double variance = 0;
+    double sum = 0;
     for (int64_t f = 0; f < d_; ++f) {
       const double mean = all[f] / all[2 * d_];
-      variance += all[d_ + f] / all[2 * d_] - mean * mean;
+      sum += all[d_ + f] / all[2 * d_] - mean * mean;
     }
-    return variance / double(d_);
+    *variance = sum / double(d_);
+    return true;
   }
 
   const KmeansLloyd& a_;

@@ -38,11 +38,10 @@ class PlusPlus {
       const int64_t count = c ? trials : 1;
       if (c)
         for (int64_t t = 0; t < trials; ++t) ids_.get()[t] = draw(uniforms_[1 + (c - 1) * trials + t], c);
-      for (int64_t t = 0; t < count; ++t)
-        memcpy(candidates_.get() + t * d, rows_.x + ids_.get()[t] * d, size_t(d) * sizeof(T));
+      for (int64_t t = 0; t < count; ++t) copy(candidates_.get() + t * d, rows_.x + ids_.get()[t] * d, d);
       const int64_t best = count == 1 && c == k - 1 ? 0 : look(c, count);
       indices_[c] = ids_.get()[best];
-      memcpy(centers_ + c * d, candidates_.get() + best * d, size_t(d) * sizeof(T));
+      copy(centers_ + c * d, (const T*)candidates_.get() + best * d, d);
     }
     return kOk;
   }

@@ -109,6 +109,11 @@ GMK_INLINE vdouble wide(const float* p) {
 GMK_INLINE vdouble wide(const double* p) { return load(p); }
 
 template <class T>
+GMK_INLINE void copy(T* to, const T* from, int64_t count) {  // memcpy refuses the null of an empty tensor
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
+template <class T>
 static double squared_distance(const T* a, const T* b, int64_t d) {
   double sum = 0;
   for (int64_t f = 0; f < d; ++f) {
