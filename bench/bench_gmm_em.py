@@ -208,7 +208,7 @@ def _fit_case(x, k, iterations):
     start = ops.gmm_fit(x, k, max_iter=0, seed=0) if iterations else None
     options = {"init": start, "max_iter": iterations, "tol": 0.0} if iterations else {"seed": 0}
     theirs = {"max_iter": iterations, "tol": 0.0} if iterations else {}
-    few, some = b // 100, b // 10
+    few, some = 20, b // 10
 
     def part(count):
         return None if start is None else ops.GmmParameters(
