@@ -141,6 +141,7 @@ mutants: $(WHEEL_STAMP)
 docs-check: $(WHEEL_STAMP)
 	@echo "== docs: generated tables, runnable examples"
 	$(PY) -m gmkernels.bench.tables --check
+	$(PY) -m gmkernels.bench.real --check
 	$(PY) -m pytest tests/test_docs.py
 
 # to work on a kernel --------------------------------------------------------------------------------------------------

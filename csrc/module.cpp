@@ -10,6 +10,7 @@ void bind_random(py::module_&);
 void bind_diffusion(py::module_&);
 void bind_gmm(py::module_&);
 void bind_gmm_em(py::module_&);
+void bind_kmeans(py::module_&);
 void bind_gmm_fit(py::module_&);
 void bind_masked_conv(py::module_&);
 
@@ -25,6 +26,7 @@ PYBIND11_MODULE(_C, m) {
   bind_diffusion(m);
   bind_gmm(m);
   bind_gmm_em(m);
+  bind_kmeans(m);
   bind_gmm_fit(m);
   bind_masked_conv(m);
 

@@ -63,6 +63,20 @@ def old_gpu(device):
         backend.module().has_mma(True)
 
 
+@contextlib.contextmanager
+def few_blocks(device, count=2):
+    """A GPU so small that a block has more than one turn, in kernels that stride over the grid: the emulator."""
+    if not device.simt:
+        pytest.skip("the emulator can be told to be one")
+    from simt import backend
+
+    backend.module().most_blocks(count)
+    try:
+        yield
+    finally:
+        backend.module().most_blocks(0)
+
+
 def data(*shape, dtype=torch.float64, device="cpu", seed=0, grad=False):
     """Normal numbers, the same for every dtype and device."""
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -199,7 +199,7 @@ def path(request, device, monkeypatch):
 
 
 MATRIX_SHAPES = [(1, 1, 1), (33, 15, 2), (130, 16, 3), (16, 17, 5), (34, 31, 2), (20, 32, 3), (65, 33, 2), (17, 64, 2),
-                 (40, 65, 2)]  # n, d, k
+                 (40, 65, 2), (127, 16, 1)]  # n, d, k
 
 
 DIAGONAL_SHAPES = [(257, 1, 1), (9, 4, 17), (70, 5, 16), (129, 8, 9), (65, 33, 5), (33, 64, 3), (34, 65, 2)]
@@ -245,11 +245,50 @@ def test_tensor_cores_are_used(device, monkeypatch):
         assert work == [2 * 32 + 96, 64]  # threads: preparing takes 128, nine rows 32; the plain path 64
 
 
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_more_to_do_than_blocks(device, covariance_type, dtype):
+    """Every block goes around several times, with tiles that others may still be reading."""
+    with cases.few_blocks(device):
+        for n, d, k in ((300, 3, 3), (127, 16, 5)):
+            check(mixture(n, d, k, covariance_type, dtype, batch=(2,)), covariance_type)
+
+
+@pytest.mark.parametrize("covariance_type", ["diag", "spherical"])
+def test_nothing_but_components_without_weight(device, covariance_type):
+    args = mixture(9, 5, 20, covariance_type, F32, device.torch)
+    args[1][:17] = -INF  # the first tile of components, and some of the next
+    ones = torch.ones(9, device=device.torch)
+    want, wanted = run([args[0], *(t[17:] for t in args[1:])], covariance_type, ones)
+    lp, grads = run(args, covariance_type, ones)
+    cases.close(lp, want, rtol=1e-6)
+    cases.close(grads[0], wanted[0], rtol=1e-5, atol=1e-5)
+    args[1][:] = -INF
+    lp, grads = run(args, covariance_type, ones)
+    assert (lp == -INF).all() and all((g == 0).all() for g in grads)
+
+
 @pytest.mark.parametrize("covariance_type", TYPES)
 def test_a_gpu_without_tensor_cores(device, covariance_type):
     with cases.old_gpu(device):
         for n, d, k in ((5, 8, 3), (66, 17, 2), (9, 65, 2)):
             check(mixture(n, d, k, covariance_type, F32), covariance_type)
+
+
+@pytest.mark.parametrize("covariance_type", ["full", "tied"])
+def test_tensor_cores_parameters_that_are_nan(device, path, covariance_type):
+    """Anywhere in what a component with weight is made of: all rows are NaN."""
+    d, n = 40, 3
+    for which, place in [(2, (1, 0)), (2, (1, 9)), (2, (1, 36)), (2, (1, d - 1)),
+                         (3, (0, 1)), (3, (1, 20)), (3, (0, d - 1)), (3, (30, 34)), (3, (35, d - 1))]:
+        args = mixture(n, d, 2, covariance_type, F32, device.torch)
+        args[which][(1, *place) if which == 3 and covariance_type == "full" else place] = NAN
+        assert ops.gmm_log_prob(*args, covariance_type).isnan().all(), (which, place)
+    args = mixture(n, d, 2, covariance_type, F32, device.torch)
+    args[1][1], args[2][1] = -INF, NAN  # without weight
+    want = ops.gmm_log_prob(args[0], args[1][:1], args[2][:1], args[3][:1] if covariance_type == "full" else args[3],
+                            covariance_type)
+    assert torch.equal(ops.gmm_log_prob(*args, covariance_type), want)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
@@ -285,7 +324,22 @@ def test_tensor_cores_many_rows(device, path, monkeypatch):
     check(mixture(210, 16, 2, "full", F32, device.torch), "full")
 
 
-@pytest.mark.parametrize("d", [3, 17])
+def test_tensor_cores_products_that_are_no_number(device, path):
+    """inf - inf among huge numbers: such a component has no density there, and the others keep theirs."""
+    if path == "plain":
+        pytest.skip("NaN on the plain path: no promise")
+    x, lw, m, p = mixture(20, 16, 3, "full", F32, device.torch)
+    ones = torch.ones(20, device=device.torch)
+    want, wanted = run([x, lw[:2], m[:2], p[:2]], "full", ones)
+    m[2, ::2], m[2, 1::2] = 3e38, -3e38
+    p[2] = p[2].abs().triu() * 9 + torch.eye(16, device=p.device)
+    lp, grads = run([x, lw, m, p], "full", ones)
+    assert torch.equal(lp, want) and torch.equal(grads[0], wanted[0])
+    for g, w in zip(grads[1:], wanted[1:], strict=True):
+        assert torch.equal(g[:2], w) and (g[2] == 0).all()
+
+
+@pytest.mark.parametrize("d", [3, 16, 17])
 @pytest.mark.parametrize("covariance_type", ["full", "tied"])
 def test_tensor_cores_special_values(device, path, covariance_type, d):
     args = mixture(21, d, 4, covariance_type, F32, device.torch)

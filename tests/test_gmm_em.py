@@ -83,6 +83,53 @@ def test_sizes(isa, covariance_type):
             check(mixture(n, d, k, covariance_type, F32), covariance_type)
 
 
+def apart(n, d, k, covariance_type, dtype, scale, mixed=False):
+    """Rows of clusters far apart: almost all responsibilities are 0. mixed: and blocks where none is, between them."""
+    x, lw, means, p = mixture(n, d, k, covariance_type, F64)
+    means = scale * means
+    spread = means[torch.arange(n) % k] + 0.4 * x
+    spread[: 2 * 64] = spread[:1]  # the same few components over and over
+    if mixed:
+        middle = (torch.arange(n) // 64) % 3 == 1
+        spread[middle] = 0.1 * x[middle]
+        means[: k // 2] /= 5 * scale
+    return [t.to(dtype) for t in (spread, lw, means, p)]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_clusters_far_apart(isa, covariance_type, mixed):
+    """Components meet only the rows that are theirs: every width of a block of features, ragged ends, odd rows."""
+    for dtype in cases.FLOATS:
+        for n, d, k, scale in [(700, 1, 40, 400), (519, 3, 40, 30), (300, 4, 64, 30), (261, 15, 50, 12),
+                               (131, 34, 40, 12), (201, 33, 33, 3), (70, 66, 40, 3)]:
+            args = apart(n, d, k, covariance_type, dtype, scale * (1 if dtype is F32 else 5), mixed)
+            share = (ops.gmm_responsibilities(*args, covariance_type) > 0).double().mean()
+            assert mixed or share < 1 / 8
+            weights = weights_of(n, dtype=dtype) if n % 2 else None
+            rtol = 1e-12 if dtype is F64 else 2e-5  # log-densities of hundreds: float32 knows them to 1e-5
+            check(args, covariance_type, weights, rtol=rtol)
+            if weights is None:
+                continue
+            args[0][5], args[0][70, 0], weights[9] = INF, -INF, 0
+            check(args, covariance_type, weights, rtol=rtol)
+            args[0][130, d - 1] = NAN
+            check(args, covariance_type, weights, rtol=rtol)
+
+
+@pytest.mark.parametrize("covariance_type", TYPES)
+def test_a_far_row_counts_alone(covariance_type):
+    """With one row to a component the sums are those of the rows, to the last bit."""
+    d, k = 5, 48
+    x, lw, means, p = apart(k, d, k, covariance_type, F64, 30)
+    x = means + 0.25
+    stat = ops.gmm_em_statistics(x, lw, means, p, covariance_type, None, torch.zeros(d, dtype=F64))
+    assert torch.equal(stat.nk, torch.ones(k, dtype=F64)) and torch.equal(stat.s1, x)
+    square = x[:, :, None] * x[:, None, :]
+    want = {"full": square, "tied": square.sum(0), "diag": x * x, "spherical": (x * x).sum(1)}[covariance_type]
+    torch.testing.assert_close(stat.s2, want, rtol=1e-14, atol=1e-12)
+
+
 @pytest.mark.parametrize("covariance_type", TYPES)
 def test_many_features(covariance_type):
     check(mixture(150, 130, 3, covariance_type, F32), covariance_type)
@@ -261,7 +308,7 @@ def test_infinite_nan_and_weightless_rows(isa, covariance_type, k):
         clean = weights.clone()
         clean[[4, 6, 70]] = 0
         want = ops.gmm_em_statistics(x, *rest, covariance_type, clean)
-        x[4], x[6], x[70] = NAN, INF, 3e38 if dtype is F32 else 1e300
+        x[4, 1], x[6], x[70] = NAN, INF, 3e38 if dtype is F32 else 1e300
         assert torch.equal(ops.gmm_em_statistics(x, *rest, covariance_type, clean).sums, want.sums)
         clean[[6, 70]] = weights[[6, 70]]
         stat = ops.gmm_em_statistics(x, *rest, covariance_type, clean)

@@ -9,8 +9,7 @@ from sklearn.datasets import load_breast_cancer, load_wine
 from sklearn.impute import KNNImputer
 from sklearn.model_selection import train_test_split
 
-from gmkernels import GaussianMixture
-from gmkernels.mixture import _missing
+from gmkernels import GaussianMixture, _patterns
 from mixture_data import TYPES, holes, quiet, rows, same_fit
 
 X = rows()
@@ -120,9 +119,9 @@ def test_small_batches(monkeypatch):
     gm, want = GaussianMixture(3, random_state=0).fit(X), None
     many, one = Y[:40], np.where(np.arange(3) == 1, np.nan, X[:40])
     for limits in ((1 << 20, 256), (20, 256), (1, 1), (50, 7)):
-        monkeypatch.setattr(_missing, "_MATRICES", limits[0])
-        monkeypatch.setattr(_missing, "_ROWS", limits[0])
-        monkeypatch.setattr(_missing, "_SLOT", limits[1])
+        monkeypatch.setattr(_patterns, "_MATRICES", limits[0])
+        monkeypatch.setattr(_patterns, "_ROWS", limits[0])
+        monkeypatch.setattr(_patterns, "_SLOT", limits[1])
         got = np.vstack([gm.impute(many), gm.impute(one)])
         want = got if want is None else want
         np.testing.assert_allclose(got, want, rtol=1e-12)

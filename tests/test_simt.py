@@ -156,9 +156,9 @@ def test_more_threads_than_launch_bounds_is_an_error():
 
 
 def test_votes_and_shuffles():
-    out, reports = run("votes", False, 12)
+    out, reports = run("votes", False, 13)
     assert not reports
-    assert out.tolist() == [1, 496, 31, 1, 0, 7, 1, 0, 8, 2, 496, 1]
+    assert out.tolist() == [1, 496, 31, 1, 0, 7, 1, 0, 8, 2, 496, 1, 7.75]
 
 
 def fragments(a, b, c):

@@ -88,6 +88,14 @@ struct Block {
       }
   }
 
+  // How many of the responsibilities.
+  int64_t nonzero(int64_t k) const {
+    typename simd<T>::v count{};
+    for (int64_t i = 0; i < k * rows; i += n)
+      count += select((typename simd<T>::i)(load(e + i) == typename simd<T>::v{}), typename simd<T>::v{}, splat(T(1)));
+    return int64_t(hsum(count));
+  }
+
   void softmax(int64_t k, int64_t d) {
     using v = typename simd<T>::v;
     typename simd<T>::i far{};

@@ -4,12 +4,14 @@
 #include "core/scratch.h"
 #include "gmm/gmm_em.h"
 #include "gmm/gmm_em_block.h"
+#include "gmm/gmm_em_sparse.h"
 #include "gmm/gmm_em_sums.h"
 
 namespace gmk {
 namespace GMK_ISA_NS {
 namespace {
 
+constexpr int kSparse = 8;               // blocks of which at most one in so many responsibilities is not 0
 constexpr int64_t kLaneBytes = 1 << 20;  // sums spread over lanes, one thread's: they stay in L2
 
 // Sums of one mixture while they grow: [linear][step], then [shared]. Features of `linear`: 1, t, and
@@ -47,6 +49,7 @@ struct Worker {
   static constexpr bool same = sizeof(T) == sizeof(A);
 
   Block<T, rows> block;
+  SparseSums<A, rows> sparse;  // wide only
   T* mixture;
   A *t, *features, *r, *transposed, *row_weight, *lanes, *shared_lanes;
 
@@ -55,7 +58,7 @@ struct Worker {
   }
   static int64_t numbers_a(const Sums& s) {
     return (s.d + chunk + 1 + (same ? 0 : s.k) + (narrow ? 0 : s.step)) * rows + (narrow ? s.linear * s.k * n : 0) +
-           s.shared * n;
+           s.shared * n + (narrow ? 0 : SparseSums<A, rows>(s.d, s.k, s.covariance).numbers());
   }
   void take(const GmmInputs& in, const Sums& s, T* at, A* more) {
     mixture = at;
@@ -67,6 +70,9 @@ struct Worker {
     transposed = r + (same ? 0 : s.k) * rows;
     lanes = transposed + (narrow ? 0 : s.step) * rows;
     shared_lanes = lanes + (narrow ? s.linear * s.k * n : 0);
+    if (narrow) return;
+    sparse = SparseSums<A, rows>(s.d, s.k, s.covariance);
+    sparse.take(shared_lanes + s.shared * n);
   }
 
   // The responsibilities in A, [k][rows].
@@ -158,18 +164,27 @@ struct Worker {
         store(square + row, sum);
       }
     }
+    if (matrix_covariance(s.covariance)) form_products(s, out);
+  }
+  template <class Out>
+  void form_products(const Sums& s, Out& out) {
     if (s.covariance == kTied) out.turn_to_shared();
-    if (matrix_covariance(s.covariance))
-      for (int64_t a = 0; a < s.d; ++a)
-        for (int64_t b = a; b < s.d; ++b) multiply(out.next(), t + a * rows, t + b * rows);
+    for (int64_t a = 0; a < s.d; ++a)
+      for (int64_t b = a; b < s.d; ++b) multiply(out.next(), t + a * rows, t + b * rows);
   }
   void weigh_rows(const Sums& s) {
-    if (s.covariance == kTied)
-      for (int row = 0; row < rows; ++row) row_weight[row] = block.scale[row] == T(0) ? A(0) : A(block.weight[row]);
+    if (s.covariance != kTied) return;
+    for (int row = 0; row < rows; ++row) {
+      const T scale = block.scale[row];  // NaN where the row has one, which then is in every product
+      row_weight[row] = scale == T(0) ? A(0) : A(scale == scale ? block.weight[row] : scale);
+    }
   }
-  void add_features(const Sums& s, const T* shift, const A* from, A* slot) {
+  void subtract(const Sums& s, const T* shift) {
     for (int64_t f = 0; f < s.d; ++f)
       for (int row = 0; row < rows; ++row) t[f * rows + row] = A(block.x[f * rows + row]) - A(shift[f]);
+  }
+  void add_features(const Sums& s, const T* shift, const A* from, A* slot) {
+    subtract(s, shift);
     weigh_rows(s);
     Stream out{*this, s, from, slot};
     form_features(s, out);
@@ -202,13 +217,29 @@ struct Worker {
              int64_t count, A* slot, double* heads) {
     begin_sums(s, slot);
     heads[1] = 0;
+    bool scattered = false;
     for (int64_t row = 0; row < count; row += rows) {
-      block.load_rows(x + row * s.d, weights ? weights + row : nullptr, count - row < rows ? count - row : rows, s.d);
+      const int64_t some = count - row < rows ? count - row : rows;
+      block.load_rows(x + row * s.d, weights ? weights + row : nullptr, some, s.d);
       for (int i = 0; i < rows; ++i) heads[1] += double(block.weight[i]);
       block.densities(m, matrix);
       block.softmax(s.k, s.d);
-      add_block(s, shift, slot);
+      if (narrow || block.nonzero(s.k) * kSparse > rows * s.k) {
+        add_block(s, shift, slot);
+        continue;
+      }
+      if (!scattered) memset(sparse.sums, 0, size_t(s.k * sparse.per) * sizeof(A));
+      scattered = true;
+      sparse.load_rows(x + row * s.d, shift, some);
+      sparse.add(block.e, block.scale);
+      if (s.covariance != kTied) continue;
+      subtract(s, shift);
+      weigh_rows(s);
+      Stream out{*this, s, nullptr, slot};
+      form_products(s, out);
+      out.flush();
     }
+    if (scattered) sparse.move(slot, s.step);
     heads[0] = end_sums(s, slot);
   }
 };

@@ -84,17 +84,17 @@ class Builder:
             self.changed[path].parent.mkdir(parents=True)
             self.changed[path].write_text(text)
 
-    def compile(self, objects):
+    def compile(self, objects, flags=()):
         """Objects: name -> bytes without debug information. Raises Compiled if the compiler refuses."""
         made = {}
         for name in objects:
             source, command = self.commands[0][name]
             target = self.folder / Path(name).name
-            command = [command[0], f"-I{self.folder / 'csrc'}", *command[1:], *_FLAGS, "-o", str(target)]
+            command = [command[0], f"-I{self.folder / 'csrc'}", *command[1:], *_FLAGS, *flags, "-o", str(target)]
             done = subprocess.run([*command, "-c", str(self.changed.get(Path(source), source))], cwd=backend.BUILD,
                                   capture_output=True, text=True)
             if done.returncode:
-                raise Compiled(done.stderr[:500])
+                raise Compiled(done.stderr)
             made[name] = self.bare(target)
         return made
 

@@ -12,9 +12,11 @@ from simt import SCHEDULES, backend
 from .build import CSRC, ROOT, Builder, Compiled, sources
 from .operators import mutants
 from .tests import Tests, families_of, family_of, files_of
+from .together import Together
 from .verdicts import Cache, Present, killers
 
 OTHER_SCHEDULES = [s for s in SCHEDULES[1:] if ":" not in s]  # for what the first one lets through
+SCHEDULED = {"barrier", "syncwarp", "fence", "wait", "mask"}  # only these can depend on it
 OTHERS = 20  # tests, the best ones: the detector of races needs no luck
 FOLDER = Path(os.environ.get("GMK_MUTANTS", ROOT / "build" / "mutants"))
 
@@ -109,6 +111,13 @@ class _File:
         self.say(f"{self.path.relative_to(CSRC)}: {rows.count(None)} of {len(rows)} mutants, "
                  f"{len(self.tests.ids)} tests")
         self.few = rows.count(None) < 10  # not worth warming up
+        alive = set()  # in a library of many, all tests have passed
+        if not self.few:
+            for n, verdict in Together(self).run([(n, some[n]) for n, row in enumerate(rows) if row is None]):
+                if verdict["test"]:
+                    rows[n] = self.keep(some[n], verdict)
+                else:
+                    alive.add(n)
         free, lock, done = [Builder(FOLDER / f"{i}") for i in range(self.jobs)], threading.Lock(), [0]
         began = time.monotonic()
 
@@ -117,14 +126,12 @@ class _File:
                 builder = free.pop()
             start = time.monotonic()
             try:
-                row = {**_row(some[n]), **self.verdict(builder, some[n], again)}
+                verdict = self.verdict(builder, some[n], again, n in alive)
             finally:
                 with lock:
                     free.append(builder)
-            row["seconds"] = round(time.monotonic() - start, 2)
-            row.update(self.present.depends(row, self.shown(some[n]) if row["verdict"] == "survived" else ()))
-            rows[n] = row
-            self.cache.add(row)
+            verdict["seconds"] = round(time.monotonic() - start, 2)
+            row = rows[n] = self.keep(some[n], verdict)
             done[0] += 1
             if row["verdict"] == "survived" or done[0] % 50 == 0:
                 self.say(f"  {done[0]}, {time.monotonic() - began:.0f} s, {row['verdict']}: {row['name']} "
@@ -134,14 +141,24 @@ class _File:
             list(pool.map(one, sorted((n for n, row in enumerate(rows) if row is None), key=self.survived(some))))
         return rows
 
+    def keep(self, m, verdict):
+        row = {**_row(m), **verdict}
+        row.update(self.present.depends(row, self.shown(m) if row["verdict"] == "survived" else ()))
+        self.cache.add(row)
+        return row
+
     def survived(self, some):
         """The slow ones last."""
         return lambda n: self.cache.rows.get(some[n].name, {}).get("verdict") == "survived"
 
-    def verdict(self, builder, m, again):
+    def hint(self, m):
+        """The test that killed it last time."""
+        hint = self.cache.rows.get(m.name, {}).get("test") or self.hints.get(m.name)
+        return hint if hint in self.tests.number else None
+
+    def verdict(self, builder, m, again, alive):
         before = self.cache.rows.get(m.name)
-        hint = (before or {}).get("test") or self.hints.get(m.name)
-        hint = hint if hint in self.tests.number else None
+        hint = self.hint(m)
         shown = self.shown(m)
         if before and before["verdict"] == "survived" and not again and self.present.holds(before):
             shown = self.present.unseen(before, shown)
@@ -156,6 +173,8 @@ class _File:
                 made.update(builder.compile(self.of(family)))
                 library, changed = self.link(builder, made)
                 changed = set(changed) & set(self.of(family))
+                if alive:
+                    continue
                 if changed and hint and family == families[0]:
                     verdict, test = self.tests.run(library, SCHEDULES[0], [hint], m.function)
                     if test:
@@ -171,7 +190,7 @@ class _File:
             return {"verdict": "same code"}
         names = self.reach(shown, [o for o in made if made[o] != self.original[o]])
         names = self.tests.best(names, m.function)[:OTHERS]
-        for schedule in OTHER_SCHEDULES:
+        for schedule in OTHER_SCHEDULES if m.operator in SCHEDULED else ():
             verdict, test = self.tests.run(library, schedule, names, m.function)
             if test:
                 return {"verdict": verdict, "test": test, "schedule": schedule}

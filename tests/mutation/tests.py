@@ -95,12 +95,13 @@ class Tests:
         with self.lock:
             print(json.dumps(message), file=self.inbox, flush=True)
 
-    def _ask(self, library, order, limits, schedule):
+    def _ask(self, library, order, limits, schedule, mutant=None):
         waiting = queue.SimpleQueue()
         with self.lock:
             number = len(self.answers)
             self.answers[number] = waiting
-        job = {"id": number, "library": str(library), "tests": list(order), "limits": limits, "schedule": schedule}
+        job = {"id": number, "library": str(library), "tests": list(order), "limits": limits, "schedule": schedule,
+               "mutant": mutant}
         self._send(job)
         answer = waiting.get()
         if answer is None:
@@ -142,12 +143,15 @@ class Tests:
         """These tests, the best ones first."""
         return [self.ids[i] for i in self._ordered([self.number[n] for n in names], function)]
 
-    def run(self, library, schedule=SCHEDULES[0], names=None, function=""):
-        """The verdict, and the test it is from. `names`: only these tests."""
+    def run(self, library, schedule=SCHEDULES[0], names=None, function="", mutant=None, first=None):
+        """The verdict, and the test it is from. `names`: only these tests; `first`: the one to begin with. `mutant`:
+        its number in a library of many; 0 is none."""
         tests = range(len(self.ids)) if names is None else [self.number[n] for n in names]
         self.ensure(tests, schedule)
         order = self._ordered(tests, function)
-        got = self._ask(library, order, [3 + 10 * self.seconds[i] for i in order], schedule)
+        if first in self.number and self.number[first] in order:
+            order.sort(key=lambda i: i != self.number[first])
+        got = self._ask(library, order, [3 + 10 * self.seconds[i] for i in order], schedule, mutant)
         if got["test"] is None:
             return got["verdict"], None
         with self.lock:

@@ -1,15 +1,16 @@
 """A pytest process that has collected the tests once, and runs some of them for each mutant in a fork of itself.
 
 Started by tests.py as `python -m mutation.worker <file descriptor in> <out> <tests...>`. It writes the ids of its
-tests; then it reads a job a line, {"id", "library", "tests": [numbers, in order], "limits": [CPU seconds],
-"schedule"}, and answers {"id", "verdict", "test", "seconds": {number: CPU seconds}} when it is done, several jobs at a
-time. The job {"warm": library} runs all tests once in the process itself, so that later forks inherit what torch does
-at a first call; it answers which kernels each of them calls.
+tests; then it reads a job a line, {"id", "library", "tests": [numbers, in order], "limits": [CPU seconds], "schedule",
+"mutant": its number where the library has many}, and answers {"id", "verdict", "test", "seconds": {number: CPU
+seconds}} when it is done, several jobs at a time. The job {"warm": library} runs all tests once in the process itself,
+so that later forks inherit what torch does at a first call; it answers which kernels each of them calls.
 
 Time is CPU time, and memory is counted: a machine that is busy or a process that is stopped for a while changes no
 verdict.
 """
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -96,6 +97,8 @@ class Worker:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.environ["GMK_SIMT_SCHEDULE"] = job["schedule"]
         _use(job["library"])
+        if job["mutant"] is not None:
+            ctypes.CDLL(job["library"]).gmk_mutant_set(job["mutant"])
         order = [items[i] for i in job["tests"]]
         for item, following, number in zip(order, [*order[1:], None], job["tests"], strict=True):
             out.write(f"start {number}\n")

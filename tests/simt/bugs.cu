@@ -421,10 +421,11 @@ __global__ void votes_kernel(float* out) {
   const int count = __syncthreads_count(lane < 7), either = __syncthreads_or(lane == 31), both = __syncthreads_and(lane < 31);
   const int down = __shfl_down_sync(kFullWarp, lane, 3), up = __shfl_up_sync(kFullWarp, lane, 3, 8);
   const float total = warp_sum(float(lane)), nan = warp_max(lane == 3 ? __int_as_float(0x7fc00000) : 1.0f);
+  const float top = warp_max(0.25f * float(lane));
   if (lane != 5) return;
   const float values[] = {float(even == 0x55555555u), float(sum), float(most), float(all), float(any), float(count),
-                          float(either), float(both), float(down), float(up), total, float(nan != nan)};
-  for (int j = 0; j < 12; ++j) out[j] = values[j];
+                          float(either), float(both), float(down), float(up), total, float(nan != nan), top};
+  for (int j = 0; j < 13; ++j) out[j] = values[j];
 }
 
 }  // namespace

@@ -28,6 +28,7 @@ PYBIND11_MODULE(_simt, m) {
     machine.first_launch = machine.launch + 1;
   });
   m.def("has_mma", [](bool on) { set_has_mma(on); });
+  m.def("most_blocks", [](unsigned count) { set_most_blocks(count); });
   m.def("reset", [] {
     free_all();
     machine.reports.clear();

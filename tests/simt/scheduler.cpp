@@ -376,6 +376,8 @@ dim3 block_size() { return machine.block_dim; }
 dim3 grid_size() { return machine.grid; }
 int lane_index() { return machine.current->lane; }
 
+static unsigned most_blocks = 0;
+void set_most_blocks(unsigned count) { most_blocks = count; }
 const char* launch_any(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*),
                        const void* closure, size_t closure_bytes) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
@@ -391,6 +393,7 @@ const char* launch_any(const char* name, dim3 grid, dim3 block, size_t shared_by
   if (shared_bytes > kMaxShared) return "invalid argument (more than 227 KiB of shared memory)";
   stacks();
   machine.kernel = name;
+  if (most_blocks && grid.x > most_blocks) grid.x = most_blocks;
   machine.grid = grid;
   machine.block_dim = block;
   machine.threads = int(threads);

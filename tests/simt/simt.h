@@ -88,6 +88,7 @@ enum MmaKind : int { kMmaBf16, kMmaF16, kMmaTf32 };
 void mma(MmaKind kind, float* d, const uint32_t* a, const uint32_t* b, const float* c);
 bool has_mma();  // false: kernels take their path for a GPU without it
 void set_has_mma(bool);
+void set_most_blocks(unsigned);  // of a launch in x; 0: no limit. For kernels that stride over gridDim.x
 
 }  // namespace gmk_simt
 

@@ -12,6 +12,8 @@ from .. import __version__
 COMMANDS = {
     "doctor": "what runs here, and why not what does not",
     "bench": "our ops against every rival, interleaved in one run",
+    "impute": "a CSV file with its missing numbers filled in by a Gaussian mixture",
+    "score": "how usual every row of a CSV file is, and which are anomalies",
 }
 
 

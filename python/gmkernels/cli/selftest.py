@@ -124,6 +124,44 @@ def _gmm_posterior_mean(device):
     )
 
 
+def _in_both(op, x, mixture):
+    """On the device, and in float64."""
+    return lambda: op(x, *mixture), lambda: op(*_in_float64(x, *mixture))
+
+
+def _gmm_marginal(device):
+    return _in_both(lambda x, *mixture: ops.gmm_log_prob(x[:, [3, 0]], *ops.gmm_marginal([3, 0], *mixture)),
+                    _data(device, 301, 5), _mixture(device))
+
+
+def _gmm_condition(device):
+    return _in_both(lambda x, *mixture: ops.gmm_condition(x[:, [3, 0]], [3, 0], *mixture).means,
+                    _data(device, 301, 5), _mixture(device))
+
+
+def _gmm_impute(device):
+    x = _data(device, 301, 5)
+    return _in_both(ops.gmm_impute, torch.where(x > 1, torch.nan, x), _mixture(device))
+
+
+def _kmeans(device):
+    x = _data(device, 3001, 5)
+    start = x[:7].clone()
+    return (
+        lambda: ops.kmeans(x, init=start, max_iter=1).centers,
+        lambda: reference.kmeans.kmeans(*_in_float64(x, start), None, 1, 0.0)[0],
+    )
+
+
+def _kmeans_plus_plus(device):
+    x = _data(device, 3001, 5)
+    u = ops.philox_uniform(1 + 6 * 3, seed=7, stream=256, dtype=torch.float64)
+    return (
+        lambda: ops.kmeans_plus_plus(x, 7, uniforms=u.to(device))[0],
+        lambda: reference.kmeans.kmeans_plus_plus(*_in_float64(x, u), None, 7, 3)[0],
+    )
+
+
 def _masked_conv2d(device):
     x, bias = _data(device, 2, 9, 11, 13), _data(device, 16, seed=2)
     weight = _data(device, 16, 9, 3, 3, seed=1) / 6
@@ -138,14 +176,19 @@ CASES = {
     "philox_normal": _philox_normal,
     "philox_uniform": _philox_uniform,
     "diffusion_step": _diffusion_step,
+    "gmm_condition": _gmm_condition,
     "gmm_em_statistics": _gmm_em_statistics,
+    "gmm_impute": _gmm_impute,
     "gmm_fit": _gmm_fit,
     "gmm_log_prob": _gmm_log_prob,
     "gmm_m_step": _gmm_m_step,
+    "gmm_marginal": _gmm_marginal,
     "gmm_posterior_mean": _gmm_posterior_mean,
     "gmm_responsibilities": _gmm_responsibilities,
     "gmm_sample": _gmm_sample,
     "gmm_score": _gmm_score,
+    "kmeans": _kmeans,
+    "kmeans_plus_plus": _kmeans_plus_plus,
     "masked_conv2d": _masked_conv2d,
 }
 

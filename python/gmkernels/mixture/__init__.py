@@ -1,6 +1,7 @@
 """Gaussian mixtures with scikit-learn's API on the fused EM kernels. Loads scikit-learn, so `import gmkernels` does not
 load this."""
 
-from ._gaussian_mixture import GaussianMixture, Progress
+from ._fit import Progress
+from ._gaussian_mixture import GaussianMixture
 
 __all__ = ["GaussianMixture", "Progress"]

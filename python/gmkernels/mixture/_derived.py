@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from sklearn.base import clone
 
-from .._factors import cholesky_of_precisions, covariances_of, factors_of_scale_tril
-from . import _missing
+from .. import ops
+from .._factors import covariances_of
 
 
 def _index(estimator, feature):
@@ -35,8 +35,10 @@ def _features(estimator, given):
     return index
 
 
-def _made(estimator, features, weights, means, covariances, factors):
-    """A fitted mixture of the features; the parameters are float64 tensors."""
+def _made(estimator, features, weights, mixture):
+    """A fitted mixture of the features; weights and mixture are float64 tensors."""
+    means, factors = mixture.means, mixture.precisions_cholesky
+    covariances = covariances_of(factors, estimator.covariance_type)
     made = clone(estimator).set_params(weights_init=None, means_init=None, precisions_init=None)
     dtype = estimator.means_.dtype
     made.weights_, made.means_ = weights.numpy().astype(dtype), means.numpy().astype(dtype)
@@ -59,14 +61,7 @@ def marginal(estimator, features):
     if not index:
         raise ValueError("features must hold at least one feature")
     p = estimator._parameters("cpu", torch.float64)
-    covariances, kind = p.covariances, estimator.covariance_type
-    if kind in ("full", "tied"):
-        covariances = covariances_of(p.precisions_cholesky, kind)[..., index, :][..., index]
-        factors = factors_of_scale_tril(torch.linalg.cholesky(covariances))
-    else:
-        covariances = covariances[:, index] if kind == "diag" else covariances
-        factors = p.precisions_cholesky[:, index] if kind == "diag" else p.precisions_cholesky
-    return _made(estimator, index, p.weights, p.means[:, index], covariances, factors)
+    return _made(estimator, index, p.weights, ops.gmm_marginal(index, *p.arguments, p.covariance_type))
 
 
 def condition(estimator, values):
@@ -79,21 +74,9 @@ def condition(estimator, values):
     rest = [i for i in range(estimator.n_features_in_) if i not in known]
     if not rest:
         raise ValueError("condition needs at least one feature that is not given; score_samples has the density")
-    p, kind = estimator._parameters("cpu", torch.float64), estimator.covariance_type
-    row = torch.full((1, estimator.n_features_in_), math.nan, dtype=torch.float64)
-    row[0, known] = torch.from_numpy(numbers_)
-    means, covariances = p.means[:, rest], p.covariances
-    weights = _missing.responsibilities(row, p)[0] if known else p.weights
-    if kind in ("full", "tied"):
-        precisions = p.precisions_cholesky @ p.precisions_cholesky.mT
-        own = precisions[..., rest, :]
-        factors = cholesky_of_precisions(own[..., rest], kind)
-        if known:
-            means = means - torch.linalg.solve(
-                own[..., rest], own[..., known] @ (row[0, known] - p.means[:, known])[..., None])[..., 0]
-        covariances = covariances_of(factors, kind)
-    elif kind == "diag":
-        covariances, factors = covariances[:, rest], p.precisions_cholesky[:, rest]
-    else:
-        factors = p.precisions_cholesky
-    return _made(estimator, rest, weights, means, covariances, factors)
+    p = estimator._parameters("cpu", torch.float64)
+    if not known:
+        return marginal(estimator, rest)
+    of_rows = ops.gmm_condition(torch.from_numpy(numbers_)[None], known, *p.arguments, p.covariance_type)
+    made = ops.GmmArguments(*(t[0] for t in of_rows))
+    return _made(estimator, rest, made.log_weights.exp(), made)

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from .. import ops
+from .. import _patterns, ops
 from . import _missing
 
 
@@ -24,7 +24,7 @@ class Memory:
         self.x = x[~some]
         self.weights = None if weights is None else weights[~some]
         if bool(rows.any()):
-            self.patterns = _missing.Patterns(x[rows])
+            self.patterns = _patterns.Patterns(x[rows])
             self.pattern_weights = None if weights is None else weights[rows]
 
     def statistics(self, parameters, initial=None):

@@ -1,6 +1,5 @@
 """`GaussianMixture`: scikit-learn's estimator on the fused kernels, with weights, missing values and streams."""
 
-import dataclasses
 import math
 import numbers
 import warnings
@@ -11,20 +10,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from .. import ops
-from . import _derived, _em, _file, _missing, _rows, _sklearn, _start
+from .. import _patterns, ops
+from . import _derived, _em, _file, _fit, _rows, _sklearn, _start
 
 _RESPONSIBILITIES = 1 << 22  # numbers of a block of them
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """What ``fit(callback=...)`` is told after every EM iteration."""
-
-    init: int  # which of the n_init
-    n_iter: int
-    lower_bound: float  # mean log-likelihood of a row
-    change: float
 
 
 class GaussianMixture(_sklearn.Parent):
@@ -83,7 +72,7 @@ class GaussianMixture(_sklearn.Parent):
 
     # fit --------------------------------------------------------------------------------------------------------------
 
-    def fit(self, X, y=None, sample_weight=None, *, callback=None):
+    def fit(self, X, y=None, sample_weight=None, *, callback=None, process_group=False):
         """Estimates the parameters by EM: `n_init` times, the best likelihood is kept.
 
         Parameters
@@ -98,12 +87,16 @@ class GaussianMixture(_sklearn.Parent):
             Not negative. A row of weight 2 counts as two rows, one of weight 0 as none.
         callback : callable, default=None
             Called with a `Progress` after every iteration; a true result stops the iterations.
+        process_group : torch.distributed.ProcessGroup or None, default=False
+            Every process of the group calls ``fit`` with rows of its own (an array of shape (0, n_features) where it
+            has none), and all get the fit of the rows together. None is the default group, as everywhere in torch.
+            False: all rows are here.
 
         Returns
         -------
         self
         """
-        self._fit(X, sample_weight, callback)
+        _fit.fit(self, X, sample_weight, callback, process_group)
         return self
 
     def fit_predict(self, X, y=None, sample_weight=None):
@@ -111,67 +104,6 @@ class GaussianMixture(_sklearn.Parent):
         if _rows.is_stream(X) and not isinstance(X, np.memmap):
             raise TypeError("fit_predict takes an array; for batches use fit, then predict of every batch.")
         return self.fit(X, sample_weight=sample_weight).predict(X)
-
-    def _fit(self, X, sample_weight, callback):
-        _sklearn.check_parameters(self)
-        warm = self.warm_start and hasattr(self, "converged_")
-        random_state = check_random_state(self.random_state)
-        if _rows.is_stream(X):
-            stream = _rows.Stream(self, X, sample_weight, reset=not warm)
-            x, weights = stream.open(random_state)
-            rows, device = _em.Blocks(stream), stream.device
-        else:
-            x = _rows.check_rows(self, X, reset=not warm, least_rows=2)
-            weights = _rows.check_weights(sample_weight, len(x), x.dtype, x.device)
-            rows, device = None, x.device
-        x, weights = self._counted(x, weights)
-        rows = rows or _em.Memory(x, weights)
-
-        if warm:
-            starts = [lambda: self._parameters(device, rows.dtype)]
-        else:
-            starts = [lambda: self._start(x, weights, random_state, device)] * self.n_init
-        report, best = _sklearn.Report(self), None
-        for init, start in enumerate(starts):
-            report.begin(init)
-            told = callback and (lambda *now, init=init: callback(Progress(init, *now)))
-            fit = _em.run(rows, start(), tol=self.tol, max_iter=self.max_iter, reg_covar=self.reg_covar,
-                          lower_bound=self.lower_bound_ if warm else -math.inf, report=report, callback=told)
-            if self.max_iter:
-                report.end(fit.lower_bound, fit.converged)
-            if best is None or fit.lower_bound > best.lower_bound or best.lower_bound == -math.inf:
-                best = fit
-            if fit.stopped:
-                break
-        if not best.converged and not best.stopped and self.max_iter > 0:
-            warnings.warn("Best performing initialization did not converge. Try different init parameters, or increase"
-                          " max_iter, tol, or check for degenerate data.", ConvergenceWarning, stacklevel=3)
-        if not self.max_iter and self.weights_init is None:
-            best.parameters = _start.normalised(best.parameters)
-        self._keep(best.parameters, X)
-        self.converged_, self.n_iter_ = best.converged, len(best.lower_bounds)
-        self.lower_bound_, self.lower_bounds_ = best.lower_bound, best.lower_bounds
-        for name in ("threshold_", "contamination_"):
-            self.__dict__.pop(name, None)
-
-    def _counted(self, x, weights):
-        """The rows that count: weight above 0, at least one entry; enough of them."""
-        counts = None if weights is None or bool((weights > 0).all()) else weights > 0
-        if not bool(x.sum().isfinite()):
-            known = ~x.isnan()
-            if counts is not None:
-                known &= counts[:, None]
-            if not bool(known.all()):
-                empty = (~known.any(0)).nonzero()[:, 0].tolist()
-                if empty:
-                    raise ValueError(f"Input X has features without any observed value: {empty}. Drop these columns.")
-                counts = known.any(1)
-        if counts is not None and not bool(counts.all()):
-            x, weights = x[counts], None if weights is None else weights[counts]
-        if len(x) < self.n_components:
-            raise ValueError(f"Expected n_samples >= n_components but got n_components = {self.n_components}, "
-                             f"n_samples = {len(x)}")
-        return x, weights
 
     def _start(self, x, weights, random_state, device):
         given = _sklearn.check_start(self, x.shape[1], np.float64)
@@ -203,7 +135,8 @@ class GaussianMixture(_sklearn.Parent):
         x = _rows.check_rows(self, X, reset=first)
         weights = _rows.check_weights(sample_weight, len(x), x.dtype, x.device)
         if first:
-            x, weights = self._counted(x, weights)
+            x, weights, known = _fit.counted(x, weights)
+            _fit.check_counted(known, len(x), self.n_components)
             before, t = self._start(x, weights, check_random_state(self.random_state), x.device), 0
         else:
             before, t = self._parameters(x.device, x.dtype), self.n_iter_
@@ -265,7 +198,7 @@ class GaussianMixture(_sklearn.Parent):
         x, p, missing = self._rows(X)
         out = ops.gmm_log_prob(x, p.log_weights, p.means, p.precisions_cholesky, p.covariance_type)
         if missing is not None:
-            out[missing] = _missing.log_prob(x[missing], p)
+            out[missing] = _patterns.log_prob(x[missing], _patterns.Mixture.of(p))
         return _rows.give_back(out, X)
 
     def score(self, X, y=None, sample_weight=None):
@@ -280,7 +213,7 @@ class GaussianMixture(_sklearn.Parent):
         x, p, missing = self._rows(X)
         out = ops.gmm_responsibilities(x, p.log_weights, p.means, p.precisions_cholesky, p.covariance_type)
         if missing is not None:
-            out[missing] = _missing.responsibilities(x[missing], p)
+            out[missing] = _patterns.responsibilities(x[missing], _patterns.Mixture.of(p))
         return _rows.give_back(out, X)
 
     def predict(self, X):
@@ -292,7 +225,7 @@ class GaussianMixture(_sklearn.Parent):
             for block in x.split(size)
         ])
         if missing is not None:
-            labels[missing] = _missing.responsibilities(x[missing], p).argmax(1)
+            labels[missing] = _patterns.responsibilities(x[missing], _patterns.Mixture.of(p)).argmax(1)
         return _rows.give_back(labels, X)
 
     def sample(self, n_samples=1):
@@ -342,9 +275,10 @@ class GaussianMixture(_sklearn.Parent):
         x, p, missing = self._rows(X)
         out = x.clone() if n_draws is None else x.repeat(n_draws, 1, 1)
         if missing is not None and n_draws is None:
-            out[missing] = _missing.impute(x[missing], p)
+            out[missing] = _patterns.impute(x[missing], _patterns.Mixture.of(p))
         elif missing is not None:
-            out[:, missing] = _missing.draw(x[missing], p, n_draws, check_random_state(self.random_state))
+            out[:, missing] = _patterns.draw(x[missing], _patterns.Mixture.of(p), n_draws,
+                                              check_random_state(self.random_state))
         out = _rows.give_back(out, X)
         if not (hasattr(X, "columns") and hasattr(X, "index")):
             return out

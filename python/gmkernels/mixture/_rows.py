@@ -69,15 +69,15 @@ def give_back(result, X):
     return result.cpu().numpy()
 
 
-def check_weights(sample_weight, n, dtype, device):
-    """``[n]`` of dtype, or None."""
-    if sample_weight is None:
+def check_weights(sample_weight, n, dtype, device, part=False):
+    """``[n]`` of dtype, or None; of a part of the rows they may all be 0."""
+    if sample_weight is None or (n == 0 and len(sample_weight) == 0):
         return None
     if isinstance(sample_weight, torch.Tensor):
         sample_weight = sample_weight.detach().cpu().double().numpy()
     kind = np.float64 if dtype == torch.float64 else np.float32
     rows = np.broadcast_to(np.zeros((), kind), (n, 1))
-    return as_tensor(_sklearn.check_weights(sample_weight, rows)).to(device)
+    return as_tensor(_sklearn.check_weights(sample_weight, rows, all_zero=part)).to(device)
 
 
 # streams --------------------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class Stream:
     So the sums of an E-step do not depend on how the rows came in batches.
     """
 
-    def __init__(self, estimator, X, sample_weight, *, reset):
+    def __init__(self, estimator, X, sample_weight, *, reset, part=False):
         if hasattr(X, "__next__"):
             raise TypeError("X is an iterator, which can be read only once; every EM iteration reads all rows. Pass an"
                             " object that starts again on every iter(X): a DataLoader, a class with __iter__.")
@@ -107,6 +107,7 @@ class Stream:
         if sample_weight is not None and isinstance(sampler, torch.utils.data.RandomSampler):
             raise ValueError("sample_weight needs rows in a fixed order, but this DataLoader shuffles.")
         self._estimator, self._X, self._weights, self._reset = estimator, X, sample_weight, reset
+        self._part = part  # of the rows; other ranks have the rest
         self.n = self.dtype = self.device = None
 
     def _arrays(self):
@@ -179,8 +180,8 @@ class Stream:
         kept, where = torch.cat(first) if kept is None else kept, where[:n]
         self.n = n
         shape = np.broadcast_to(np.zeros(()), (n, kept.shape[1]))
-        _sklearn.check_array(self._estimator, shape, reset=False, least_rows=2, finite=False)
+        _sklearn.check_array(self._estimator, shape, reset=False, least_rows=1 if self._part else 2, finite=False)
         if self._weights is None:
             return kept, None
-        self._weights = check_weights(self._weights, n, self.dtype, self.device)
+        self._weights = check_weights(self._weights, n, self.dtype, self.device, self._part)
         return kept, self._weights[torch.from_numpy(where).to(self.device)].cpu()

@@ -23,11 +23,13 @@ def check_array(estimator, X, *, reset, least_rows=1, finite=True):
                              ensure_all_finite="allow-nan" if finite else False)
 
 
-def check_weights(sample_weight, X):
-    """One not negative number per row, not all zero."""
+def check_weights(sample_weight, X, all_zero=False):
+    """One not negative number per row, not all zero unless that is allowed."""
+    allow = "allow_all_zero_weights"
+    more = {allow: True} if all_zero and allow in inspect.signature(_check_sample_weight).parameters else {}
     with config_context(array_api_dispatch=False):
-        weights = _check_sample_weight(sample_weight, X, dtype=X.dtype, ensure_non_negative=True)
-    if not weights.any():  # scikit-learn 1.7 and older let it pass
+        weights = _check_sample_weight(sample_weight, X, dtype=X.dtype, ensure_non_negative=True, **more)
+    if not all_zero and not weights.any():  # scikit-learn 1.7 and older let it pass
         raise ValueError("Sample weights must contain at least one non-zero number.")
     return weights
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans, kmeans_plusplus
 
-from .. import ops
+from .. import _patterns, ops
 from .._factors import cholesky_of_precisions, covariances_of
+from ..ops.kmeans import local_trials
 
 _BLOCK = 1 << 20  # numbers of a block of responsibilities
 
@@ -35,38 +35,46 @@ def start(estimator, x, weights, random_state, given):
 
 
 def _responsibilities(estimator, x, weights, random_state):
-    """Component of every row ``[n]``, or row of every component ``[k]`` (the others count nowhere), or random ones."""
+    """The rows of every component (a list of k index tensors), or random responsibilities (a RandomState).
+
+    k-means and k-means++ draw what scikit-learn's draw from random_state: the same choice, but for rounding.
+    """
     n, k, how = len(x), estimator.n_components, estimator.init_params
-    rows, w = x.cpu().numpy(), None if weights is None else weights.cpu().numpy()
-    if how == "kmeans":
-        labels = KMeans(n_clusters=k, n_init=1, random_state=random_state).fit(rows, sample_weight=w).labels_
-        return torch.from_numpy(labels.astype(np.int64)).to(x.device)
     if how == "random":
         return random_state
     if how == "random_from_data":
-        p = None if w is None else w.astype(np.float64) / w.sum(dtype=np.float64)
-        index = random_state.choice(n, size=k, replace=False, p=p)
-    else:
-        _, index = kmeans_plusplus(rows, k, random_state=random_state, sample_weight=w)
-    labels = torch.full((n,), -1)
-    labels[torch.from_numpy(np.asarray(index))] = torch.arange(k)
-    return labels.to(x.device)
+        w = None if weights is None else weights.cpu().numpy().astype(np.float64)
+        index = random_state.choice(n, size=k, replace=False, p=None if w is None else w / w.sum())
+        return list(torch.from_numpy(np.asarray(index)).to(x.device).split(1))
+    rows, w = x.cpu(), None if weights is None else weights.cpu()  # no CUDA kernel yet
+    uniforms = torch.from_numpy(random_state.random_sample(1 + (k - 1) * local_trials(k)))
+    centers, index = ops.kmeans_plus_plus(rows, k, sample_weight=w, uniforms=uniforms)
+    if how == "k-means++":
+        return list(index.to(x.device).split(1))
+    labels = ops.kmeans(rows, init=centers, sample_weight=w).labels.numpy()
+    if k < 2**15:
+        labels = labels.astype(np.int16)  # which numpy sorts by counting
+    order = torch.from_numpy(labels.argsort(kind="stable")).to(x.device)
+    return list(order.split(np.bincount(labels, minlength=k).tolist()))
 
 
-def _blocks(x, weights, r, k, state):
-    """(rows, their responsibilities times their weights), float64, block by block; the same on every pass."""
+def _shares(x, weights, r, k, state):
+    """(component, some rows, their responsibilities times their weights), float64; the same on every pass."""
     size = max(1, _BLOCK // max(k, x.shape[1]))
     if isinstance(r, np.random.RandomState):
         r.set_state(state)
-    for i in range(0, len(x), size):
-        rows = x[i : i + size].double()
-        if isinstance(r, np.random.RandomState):
-            resp = torch.from_numpy(r.uniform(size=(len(rows), k))).to(rows.device)
-            resp = resp.to(x.dtype).double()
+        for i in range(0, len(x), size):
+            rows = x[i : i + size].double()
+            resp = torch.from_numpy(r.uniform(size=(len(rows), k))).to(x).double()
             resp = resp / resp.sum(1, keepdim=True)
-        else:
-            resp = (r[i : i + size, None] == torch.arange(k, device=x.device)).double()
-        yield rows, resp if weights is None else resp * weights[i : i + size, None].double()
+            if weights is not None:
+                resp *= weights[i : i + size, None].double()
+            for c in range(k):
+                yield c, rows, resp[:, c]
+        return
+    for c, members in enumerate(r):
+        for held in members.split(size):
+            yield c, x[held].double(), (x.new_ones(len(held)) if weights is None else weights[held]).double()
 
 
 def _m_step(x, weights, r, kind, reg_covar, k):
@@ -75,28 +83,25 @@ def _m_step(x, weights, r, kind, reg_covar, k):
     state = r.get_state() if isinstance(r, np.random.RandomState) else None
     nk, s1 = x.new_zeros(k, dtype=torch.float64), x.new_zeros(k, d, dtype=torch.float64)
     middle = x.mean(0, dtype=torch.float64)
-    for rows, resp in _blocks(x, weights, r, k, state):
-        nk += resp.sum(0)
-        s1 += resp.T @ (rows - middle)
+    for c, rows, resp in _shares(x, weights, r, k, state):
+        nk[c] += resp.sum()
+        s1[c] += resp @ (rows - middle)
     means = middle + s1 / nk.clamp(min=1e-300)[:, None]
     total = len(x) if weights is None else float(weights.sum(dtype=torch.float64))
 
     if kind == "tied":  # scikit-learn's: of all rows, also of those that belong to no component
-        moment = x.new_zeros(d, d, dtype=torch.float64)
-        for i, (rows, _) in enumerate(_blocks(x, weights, r, k, state)):
-            size = max(1, _BLOCK // max(k, d))
-            w = rows if weights is None else rows * weights[i * size : i * size + len(rows), None].double()
-            moment += rows.T @ w
+        moment, size = x.new_zeros(d, d, dtype=torch.float64), max(1, _BLOCK // max(d, 1))
+        for i in range(0, len(x), size):
+            rows = x[i : i + size].double()
+            moment += rows.T @ (rows if weights is None else rows * weights[i : i + size, None].double())
         s2 = ((moment - (nk[:, None] * means).T @ means) / nk.sum())
         one = nk.new_ones(1)
         parts = one, s2.new_zeros(1, d), s2, s2.new_zeros(()), s2.new_ones(()), s2.new_zeros(d)
     else:
         s2 = x.new_zeros((k, d, d) if kind == "full" else (k, d), dtype=torch.float64)
-        for rows, resp in _blocks(x, weights, r, k, state):
-            for c in range(k):
-                held = resp[:, c].nonzero()[:, 0]
-                t, w = rows[held] - means[c], resp[held, c]
-                s2[c] += (t * w[:, None]).T @ t if kind == "full" else w @ t**2
+        for c, rows, resp in _shares(x, weights, r, k, state):
+            t = rows - means[c]
+            s2[c] += (t * resp[:, None]).T @ t if kind == "full" else resp @ t**2
         if kind == "spherical":
             s2 = s2.sum(1)
         parts = nk[:, None], s2.new_zeros(k, 1, d), s2[:, None], s2.new_zeros(k), nk, means
@@ -123,7 +128,7 @@ def filled(x, weights, reg_covar):
 
     The Gaussian is fitted by a few EM iterations, on at most 20,000 rows.
     """
-    from . import _em, _missing  # they use this module
+    from . import _em  # they use this module
 
     d = x.shape[1]
     kind = "full" if d <= 512 else "diag"
@@ -141,4 +146,4 @@ def filled(x, weights, reg_covar):
                                        torch.diag_embed(factors), one.new_zeros(1), kind)
         rows = _em.Memory(some, None if weights is None else weights[::step].double())
         parameters = _em.run(rows, parameters, tol=1e-3, max_iter=20, reg_covar=reg_covar).parameters
-    return _missing.impute(x, parameters)
+    return _patterns.impute(x, _patterns.Mixture.of(parameters))

@@ -1,27 +1,36 @@
 """Functions on tensors: differentiable, safe under torch.compile, on CPU and CUDA."""
 
 from .diffusion import diffusion_step
-from .gmm import gmm_log_prob
+from .gmm import GmmArguments, gmm_log_prob
 from .gmm_em import GMM_EM_ROWS, GmmParameters, GmmStatistics, gmm_em_statistics, gmm_m_step, gmm_responsibilities
+from .gmm_features import gmm_condition, gmm_impute, gmm_marginal
 from .gmm_fit import GmmFit, gmm_fit
 from .gmm_inference import gmm_posterior_mean, gmm_sample, gmm_score
+from .kmeans import KMeansResult, kmeans, kmeans_plus_plus
 from .masked_conv import masked_conv2d
 from .random import philox_normal, philox_uniform
 
 __all__ = [
     "GMM_EM_ROWS",
+    "GmmArguments",
     "GmmFit",
     "GmmParameters",
     "GmmStatistics",
+    "KMeansResult",
     "diffusion_step",
+    "gmm_condition",
     "gmm_em_statistics",
+    "gmm_impute",
     "gmm_fit",
     "gmm_log_prob",
     "gmm_m_step",
+    "gmm_marginal",
     "gmm_posterior_mean",
     "gmm_responsibilities",
     "gmm_sample",
     "gmm_score",
+    "kmeans",
+    "kmeans_plus_plus",
     "masked_conv2d",
     "philox_normal",
     "philox_uniform",

@@ -1,5 +1,7 @@
 """Gaussian mixtures: the log-density of every row, with gradients, and nothing of size n x k in memory."""
 
+from typing import NamedTuple
+
 import torch
 
 from .. import reference
@@ -13,6 +15,14 @@ _SHAPES = {"full": "[..., k, d, d]", "tied": "[..., d, d]", "diag": "[..., k, d]
 _MATRIX_FEATURES = 8, 128
 # CUDA: row slabs whose sums are added in order. Their number depends on sizes only, not on the GPU: so does the result.
 _SLAB_ROWS, _MOST_SLABS, _SLAB_BYTES = 2048, 64, 24 << 20
+
+
+class GmmArguments(NamedTuple):
+    """A mixture as the ops take it: ``gmm_log_prob(x, *mixture, covariance_type)``."""
+
+    log_weights: torch.Tensor  # [..., k]
+    means: torch.Tensor  # [..., k, d]
+    precisions_cholesky: torch.Tensor  # full [..., k, d, d], tied [..., d, d], diag [..., k, d], spherical [..., k]
 
 
 def check_covariance_type(covariance_type):

@@ -7,7 +7,7 @@ import torch
 
 from .. import reference
 from .._call import DTYPE_CODE, Kernel, Op, check_floating, check_same_dtype, check_tensor
-from .gmm import _arguments, _batch, _flat, check_covariance_type
+from .gmm import GmmArguments, _arguments, _batch, _flat, check_covariance_type
 
 GMM_EM_ROWS = reference.gmm_em.GROUP_ROWS
 _TYPES = reference.gmm.COVARIANCE_TYPES
@@ -108,6 +108,11 @@ class GmmParameters:
     precisions_cholesky: torch.Tensor  # the same shape
     status: torch.Tensor  # uint8 [..., k]: 0 healthy, 1 dead, 2 singular, 3 not finite
     covariance_type: str
+
+    @property
+    def arguments(self):
+        """As `gmm_log_prob` and the others take them: ``gmm_log_prob(x, *parameters.arguments, covariance_type)``."""
+        return GmmArguments(self.log_weights, self.means, self.precisions_cholesky)
 
 
 # statistics ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,112 @@
+"""Mutants that are compiled together do what each of them does alone."""
+
+import ctypes
+import shutil
+import subprocess
+
+import pytest
+
+from mutation.operators import mutants
+from mutation.schema import PRELUDE, Schema, blamed
+
+TEXT = """
+struct Point { long x, y; };
+static long calls = 0;
+static void __syncthreads() { calls += 1000; }
+template <int kFirst> static long sum(const long* a, int n) {
+  long total = 0;
+  for (int i = kFirst; i < n; ++i) total += a[i];
+  return total;
+}
+extern "C" long f(int n, int m) {
+  long a[8][8] = {}, out = 0;
+  calls = 0;
+  const int size = 4;
+  for (int i = 0; i < size; ++i)
+    for (int j = 0; j < size; ++j) a[i][j] = i * 8 + j;
+  Point p = {n, m};
+  // a comment, with a comma
+  p.x += a[1][2] - (n < 2 ? m : 3);
+  if (n > 1 && m != 0)
+    p.y = -p.y * 2 +  // half of it
+          sum<0>(a[n % 4], m < 3 ? m + 1 : 4);
+  else
+    out = 5;
+  __syncthreads();
+  return out + p.x * 100 + p.y + calls;
+}
+"""
+INPUTS = [(n, m) for n in range(4) for m in range(4)]
+
+
+def built(folder, name, text, *flags):
+    """The library and nothing, or nothing and what g++ complains of."""
+    source, library = folder / f"{name}.cpp", folder / f"{name}.so"
+    source.write_text(text)
+    done = subprocess.run(["g++", "-O1", "-shared", "-fPIC", "-w", *flags, str(source), "-o", str(library)],
+                          capture_output=True, text=True)
+    if done.returncode:
+        return None, done.stderr
+    library = ctypes.CDLL(str(library))
+    library.f.restype = ctypes.c_long
+    return library, None
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_together_as_alone(tmp_path):
+    schema = Schema(TEXT)
+    some = [(n, m) for n, m in enumerate(mutants("f.cu", TEXT), 1) if schema.segment(m)]
+    refused = set()
+    for _ in range(9):
+        some = [(n, m) for n, m in some if n not in refused]
+        text, lines = schema.render(some)
+        many, complaints = built(tmp_path, "many", PRELUDE.replace("\n", " ") + text, "-Werror=vla")
+        if many:
+            break
+        bad = blamed(complaints, tmp_path / "many.cpp", lines)
+        assert bad
+        refused |= bad
+    assert text.count("\n") == TEXT.count("\n")  # reports of the emulator name the same lines
+    assert set().union(*lines.values()) == {n for n, _ in some}
+    assert all("a[8][8]" in TEXT.split("\n")[m.line - 1] or "p = {n, m}" in TEXT.split("\n")[m.line - 1]
+               for n, m in enumerate(mutants("f.cu", TEXT), 1) if n in refused)
+    plain, _ = built(tmp_path, "plain", TEXT)
+    assert [many.f(*i) for i in INPUTS] == [plain.f(*i) for i in INPUTS]
+    differ = 0
+    for number, m in some:
+        one, _ = built(tmp_path, f"m{number}", m.apply(TEXT))
+        many.gmk_mutant_set(number)
+        alone = [one.f(*i) for i in INPUTS]
+        assert [many.f(*i) for i in INPUTS] == alone, m.what
+        differ += alone != [plain.f(*i) for i in INPUTS]
+    assert differ > 20
+
+
+def whole(text, what):
+    """The expression of `text` that is replaced for the mutant `what`."""
+    schema = Schema(text)
+    (m,) = [m for m in mutants("f.cu", text) if m.what == what]
+    place = schema.segment(m)
+    return place and text[slice(*place)]
+
+
+@pytest.mark.parametrize("statement, what, wanted", [
+    ("x = a + b * c;", "+ -> -", "a + b * c"),
+    ("x += a[i + 1] * c;", "+ -> -", "i + 1"),
+    ("x -= a;", "-= -> +=", "x -= a"),
+    ("y = f(a, b);", "f: a <-> b", "f(a, b)"),
+    ("x = u ? a - 1 : c;", "- -> +", "a - 1"),
+    ("for (int i = 0; i < n; ++i) x = 1;", "for (i < n) -> false", "i < n"),
+    ("for (int i = 0; i < n; ++i) x += v;", "+= -> -=", "x += v"),
+    ("if (a) __syncthreads();", "__syncthreads() deleted", "__syncthreads()"),
+    ("p[i][j] = 1;", "[i] <-> [j]", "p[i][j]"),
+    ("return a - b;", "- -> +", "a - b"),
+    ("int64_t x = n;", "int64_t -> int32_t, before x", None),
+])
+def test_the_expression_around(statement, what, wanted):
+    got = whole(f"void f() {{ {statement} }}", what)
+    assert got == wanted
+
+
+def test_nothing_outside_of_functions():
+    assert whole("const int kRows = a + b;", "+ -> -") is None
