@@ -143,9 +143,9 @@ def test_report_tells_what_an_author_needs():
 
 
 def test_wrong_launch_is_an_error_as_in_cuda():
-    assert not run("too_many_threads", False, 12)[1]
+    assert not run("too_many_threads", False, 13)[1]
     with pytest.raises(RuntimeError, match="invalid configuration"):
-        run("too_many_threads", True, 12)
+        run("too_many_threads", True, 13)
 
 
 def test_more_threads_than_launch_bounds_is_an_error():
