@@ -258,11 +258,14 @@ def test_more_to_do_than_blocks(device, covariance_type, dtype):
 def test_nothing_but_components_without_weight(device, covariance_type):
     args = mixture(9, 5, 20, covariance_type, F32, device.torch)
     args[1][:17] = -INF  # the first tile of components, and some of the next
+    args[2][3], args[3][4] = NAN, NAN  # whatever they hold
+    args[0][4, 2] = INF
     ones = torch.ones(9, device=device.torch)
     want, wanted = run([args[0], *(t[17:] for t in args[1:])], covariance_type, ones)
     lp, grads = run(args, covariance_type, ones)
     cases.close(lp, want, rtol=1e-6)
     cases.close(grads[0], wanted[0], rtol=1e-5, atol=1e-5)
+    assert lp[4] == -INF and (grads[0][4] == 0).all() and all((g[:17] == 0).all() for g in grads[1:])
     args[1][:] = -INF
     lp, grads = run(args, covariance_type, ones)
     assert (lp == -INF).all() and all((g == 0).all() for g in grads)
