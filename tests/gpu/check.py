@@ -126,11 +126,16 @@ def read_steps(record):
         return []
 
 
+def _interruptible():
+    """What a shell starts in the background ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def execute(command, env, file, limit):
     """The exit status; 124 after `limit` seconds, 127 if there is no such program."""
     try:
         process = subprocess.Popen(command, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file,
-                                   stderr=subprocess.STDOUT, start_new_session=True)
+                                   stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_interruptible)
     except OSError as error:
         file.write(f"{error}\n")
         return 127
