@@ -93,8 +93,9 @@ def test_on_every_device(device, covariance_type):
     x = rows_of(3, dtype=F32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fit = ops.gmm_fit(x.to(device.torch), 2, covariance_type, seed=1, n_init=2)
-    assert fit.means.device.type == device.torch and fit.converged.all()
+        there = x.to(device.torch)
+        fit = ops.gmm_fit(there, 2, covariance_type, seed=1, n_init=2)
+    assert fit.means.device == there.device and fit.converged.all()
     check(fit, run_reference(x, 2, covariance_type, seed=1, n_init=2), 1e-5)
 
 
