@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cases
+import no_cuda_kernel
 from gmkernels import ops, reference
 from test_gmm import TYPES, mixture, trailing
+
+device = no_cuda_kernel.device
 
 F32, F64, INF, NAN = torch.float32, torch.float64, math.inf, math.nan
 ROWS = ops.GMM_EM_ROWS
@@ -22,14 +25,6 @@ ROWS = ops.GMM_EM_ROWS
 SHAPES = [(1, 1, 1), (70, 3, 2), (33, 16, 3), (300, 5, 12), (131, 17, 13), (260, 2, 70), (100, 2, 100), (65, 40, 5),
           (2 * ROWS + 77, 4, 9), (ROWS + 5, 6, 37)]
 PARTS = ("log_likelihood", "weight", "nk", "s1", "s2")
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    """Not "simt": there is no CUDA kernel here yet, so a GPU runs the reference and the emulator has nothing to run."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    return cases.Device(request.param)
 
 
 def weights_of(*shape, dtype=F64, seed=11):

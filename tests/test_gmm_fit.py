@@ -11,20 +11,15 @@ import pytest
 import torch
 
 import cases
+import no_cuda_kernel
 from gmkernels import _C, ops, reference
 from test_gmm import TYPES
+
+device = no_cuda_kernel.device
 
 F32, F64, INF, NAN = torch.float32, torch.float64, math.inf, math.nan
 FIELDS = [f.name for f in dataclasses.fields(ops.GmmFit) if f.name != "covariance_type"]
 PARAMETERS = FIELDS[:5]
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    """Not "simt": there is no CUDA kernel, so a GPU runs the reference and the emulator has nothing to run."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    return cases.Device(request.param)
 
 
 def rows_of(*batch, n=60, d=3, k=2, dtype=F64, apart=2.0, seed=0):

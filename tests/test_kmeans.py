@@ -9,28 +9,17 @@ from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.datasets import load_breast_cancer, load_iris, load_wine
 
 import cases
+import no_cuda_kernel
 from gmkernels import _C, GaussianMixture, ops, reference
 from gmkernels.ops.kmeans import local_trials
 from kmeans_cases import F32, F64, clusters, uniforms_of, weights_of
 from mixture_data import quiet, rows
 
+device = no_cuda_kernel.device
+same_threads = no_cuda_kernel.same_threads
+
 # n, d, k: around the words of every instruction set, the blocks of 4 centres, the groups of 2048 rows
 SHAPES = [(1, 1, 1), (5, 3, 5), (33, 2, 3), (70, 17, 4), (131, 16, 7), (300, 5, 33), (2049, 3, 6), (4100, 9, 13)]
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    """Not "simt": there is no CUDA kernel here yet, so a GPU runs the reference and the emulator has nothing to run."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    return cases.Device(request.param)
-
-
-@pytest.fixture(autouse=True)
-def same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def same(got, want, rtol=1e-12):

@@ -5,26 +5,13 @@ import warnings
 import pytest
 import torch
 
-import cases
+import no_cuda_kernel
 from gmkernels import ops
 from gmkernels.ops.kmeans import local_trials
 from kmeans_cases import F32, F64, clusters, uniforms_of, weights_of
 
-
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    """Not "simt": there is no CUDA kernel here yet, so a GPU runs the reference and the emulator has nothing to run."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    return cases.Device(request.param)
-
-
-@pytest.fixture(autouse=True)
-def same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
+device = no_cuda_kernel.device
+same_threads = no_cuda_kernel.same_threads
 
 # data sets, memory ----------------------------------------------------------------------------------------------------
 

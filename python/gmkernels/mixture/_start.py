@@ -122,7 +122,6 @@ def normalised(parameters):
                              parameters.precisions_cholesky, parameters.status, parameters.covariance_type)
 
 
-
 def filled(x, weights, reg_covar):
     """x with its NaN replaced by conditional expectations under one Gaussian: what the initialisation works on.
 

@@ -60,6 +60,17 @@ def _batch(x, log_weights, means, precisions_cholesky, covariance_type):
         ) from None
 
 
+def check_mixture(log_weights, means, precisions_cholesky, covariance_type):
+    """Everything but values of a mixture without rows; its batch shape."""
+    for name, t in (("log_weights", log_weights), ("means", means), ("precisions_cholesky", precisions_cholesky)):
+        check_tensor(name, t)
+    check_floating("means", means)
+    check_same_dtype("means", means, log_weights=log_weights, precisions_cholesky=precisions_cholesky)
+    if means.dim() < 2:
+        raise ValueError(f"means must be [..., k, d], got {tuple(means.shape)}")
+    return _batch(means[..., :0, :], log_weights, means, precisions_cholesky, covariance_type)
+
+
 def _outputs(x, log_weights, means, precisions_cholesky, covariance_type, out=None):
     batch = _batch(x, log_weights, means, precisions_cholesky, covariance_type)
     check_same_dtype("x", x, log_weights=log_weights, means=means, precisions_cholesky=precisions_cholesky)

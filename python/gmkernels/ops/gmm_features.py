@@ -28,7 +28,7 @@ def gmm_marginal(features, log_weights, means, precisions_cholesky, covariance_t
     >>> mixture = torch.zeros(1), torch.zeros(1, 3), torch.eye(3)[None]
     >>> lp = gmm_log_prob(torch.randn(5, 2), *gmm_marginal([0, 2], *mixture))
     """
-    _check(log_weights, means, precisions_cholesky, covariance_type)
+    gmm.check_mixture(log_weights, means, precisions_cholesky, covariance_type)
     index = _index(features, means)
     p = _wide(precisions_cholesky)
     if covariance_type in ("full", "tied"):
@@ -67,7 +67,7 @@ def gmm_condition(given, features, log_weights, means, precisions_cholesky, cova
     """
     check_tensor("given", given)
     check_floating("given", given)
-    _check(log_weights, means, precisions_cholesky, covariance_type)
+    gmm.check_mixture(log_weights, means, precisions_cholesky, covariance_type)
     check_same_dtype("means", means, given=given)
     index = _index(features, means)
     d, dtype = means.shape[-1], means.dtype
@@ -126,7 +126,7 @@ def gmm_impute(x, log_weights, means, precisions_cholesky, covariance_type="full
     """
     check_tensor("x", x)
     check_floating("x", x)
-    _check(log_weights, means, precisions_cholesky, covariance_type)
+    gmm.check_mixture(log_weights, means, precisions_cholesky, covariance_type)
     check_same_dtype("x", x, means=means)
     batch = gmm._batch(x, log_weights, means, precisions_cholesky, covariance_type)
     trailing = 2, 1, 2, gmm._TRAILING[covariance_type]
@@ -140,16 +140,6 @@ def gmm_impute(x, log_weights, means, precisions_cholesky, covariance_type="full
 def _wide(t):
     """Half precision has no matrix decompositions."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def _check(log_weights, means, precisions_cholesky, covariance_type):
-    for name, t in (("log_weights", log_weights), ("means", means), ("precisions_cholesky", precisions_cholesky)):
-        check_tensor(name, t)
-    check_floating("means", means)
-    check_same_dtype("means", means, log_weights=log_weights, precisions_cholesky=precisions_cholesky)
-    if means.dim() < 2:
-        raise ValueError(f"means must be [..., k, d], got {tuple(means.shape)}")
-    gmm._batch(means[..., :0, :], log_weights, means, precisions_cholesky, covariance_type)
 
 
 def _index(features, means):

@@ -19,6 +19,7 @@ from .._call import (
 )
 from .gmm import _SHAPES, _TRAILING, _TYPES, _flat, check_covariance_type
 from .gmm_em import GmmParameters
+from .kmeans import local_trials
 
 LLOYD_ROUNDS = {"kmeans": 20, "k-means++": 0}  # of the starts that draw
 
@@ -207,7 +208,7 @@ def gmm_fit(x, k, covariance_type="full", *, sample_weight=None, init="kmeans", 
         _check_values(x, k, sample_weight, responsibilities, start)
     seeds, seed = split_seed(seed, x.device, batch[0] if len(batch) == 1 else None) if drawn else (None, 0)
     made = _op(x, sample_weight, seeds, responsibilities, *start, k, covariance_type, max_iter, rounds,
-               2 + int(math.log(k)), n_init, seed, float(tol), float(reg_covar))
+               local_trials(k), n_init, seed, float(tol), float(reg_covar))
     return GmmFit(*made[:6], covariance_type, *made[6:])
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from .. import reference
-from .._call import DTYPE_CODE, Kernel, Op, check_floating, check_int, check_same_dtype, check_tensor, split_seed
+from .._call import DTYPE_CODE, Kernel, Op, check_floating, check_int, check_tensor, split_seed
 from . import gmm
 
 _sample = Kernel("gmm_sample")
@@ -63,15 +63,8 @@ def gmm_sample(n, log_weights, means, precisions_cholesky, covariance_type="full
     >>> log_weights, means = torch.tensor([0.3, 0.7]).log(), torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
     >>> x, component = gmm_sample(1000, log_weights, means, torch.ones(2), "spherical", seed=0)
     """
-    check_tensor("log_weights", log_weights)
-    check_tensor("means", means)
-    check_tensor("precisions_cholesky", precisions_cholesky)
-    check_floating("means", means)
-    check_same_dtype("means", means, log_weights=log_weights, precisions_cholesky=precisions_cholesky)
+    batch = gmm.check_mixture(log_weights, means, precisions_cholesky, covariance_type)
     n = check_int("n", n, 0, 2**60)
-    if means.dim() < 2:
-        raise ValueError(f"means must be [..., k, d], got {tuple(means.shape)}")
-    batch = gmm._batch(means[..., :0, :], log_weights, means, precisions_cholesky, covariance_type)
     seeds, seed = split_seed(seed, means.device, batch[0] if len(batch) == 1 else None)
     with torch.no_grad():
         p = precisions_cholesky.detach()
