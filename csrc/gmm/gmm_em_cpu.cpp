@@ -3,6 +3,7 @@
 // d^2/2 + 3d/2 multiply-adds for the density (full) and as many for the sums, 4 d (diag), one exponential.
 #include <omp.h>
 
+#include "core/batch.h"
 #include "gmm/gmm_em_group.h"
 
 namespace gmk {
@@ -179,19 +180,8 @@ static Status mixture_statistics(const GmmEmStatistics& a, int64_t b, int thread
 template <class T>
 static Status statistics(const GmmEmStatistics& a, int threads) {
   const GmmInputs& in = a.in;
-  threads = team(in.b * in.n * (in.k + 1) * (in.d + 1) / 4, threads);
-  Status status = kOk;
-  if (threads == 1 || in.b < 2 * threads) {
-    for (int64_t b = 0; b < in.b && !status; ++b) status = mixture_statistics<T>(a, b, threads);
-    return status;
-  }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t b = 0; b < in.b; ++b)
-    if (mixture_statistics<T>(a, b, 1)) {
-#pragma omp atomic write
-      status = kOutOfMemory;
-    }
-  return status;
+  return each_of_batch(in.b, in.b * in.n * (in.k + 1) * (in.d + 1) / 4, threads,
+                       [&](int64_t b, int own) { return mixture_statistics<T>(a, b, own); });
 }
 
 Status gmm_em_statistics(const GmmEmStatistics& a, int threads) {

@@ -246,7 +246,7 @@ class Lloyd {
 
 template <class T>
 static Status run(const KmeansLloyd& a, int threads) {
-  return each_data_set(a.in, a.in.n * a.in.k * (a.in.d + 1) / 4, threads,
+  return each_of_batch(a.in.b, a.in.b * (a.in.n * a.in.k * (a.in.d + 1) / 4), threads,
                        [&](int64_t b, int own) { return Lloyd<T>(a, b, own).run(); });
 }
 

@@ -166,7 +166,7 @@ class PlusPlus {
 
 template <class T>
 static Status run(const KmeansPlusPlus& a, int threads) {
-  return each_data_set(a.in, a.in.n * a.in.k * (a.in.d + 1), threads,
+  return each_of_batch(a.in.b, a.in.b * (a.in.n * a.in.k * (a.in.d + 1)), threads,
                        [&](int64_t b, int own) { return PlusPlus<T>(a, b, own).run(); });
 }
 

@@ -1,5 +1,6 @@
 // CPU only: squared distances of a tile of rows to centres, as sums of squared differences: no cancellation, no centring.
 #pragma once
+#include "core/batch.h"
 #include "core/scratch.h"
 #include "core/tile.h"
 #include "kmeans/kmeans.h"
@@ -121,24 +122,6 @@ static double squared_distance(const T* a, const T* b, int64_t d) {
     sum += t * t;
   }
   return sum;
-}
-
-// run(b, threads) for every data set: many of them on one thread each, else one after the other on all threads.
-template <class F>
-static Status each_data_set(const KmeansInputs& in, int64_t work, int threads, F run) {
-  threads = team(in.b * work, threads);
-  Status status = kOk;
-  if (threads == 1 || in.b < 2 * threads) {
-    for (int64_t b = 0; b < in.b && !status; ++b) status = run(b, threads);
-    return status;
-  }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t b = 0; b < in.b; ++b)
-    if (run(b, 1)) {
-#pragma omp atomic write
-      status = kOutOfMemory;
-    }
-  return status;
 }
 
 }  // namespace
