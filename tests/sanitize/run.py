@@ -41,7 +41,10 @@ OPTIONS = {
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:exitcode=66:allocator_may_return_null=1:quarantine_size_mb=64",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:exitcode=66",
     },
-    "thread": {"TSAN_OPTIONS": f"halt_on_error=1:exitcode=66:report_signal_unsafe=0:suppressions={HERE / 'tsan.supp'}"},
+    # intercept_tls_get_addr=0: TSan takes a thread-local block whose address ends in 010 for one with a header of
+    # glibc 2.19's in front, and resets the range that it reads there: one block in 256, of whatever size comes out.
+    "thread": {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66:report_signal_unsafe=0:intercept_tls_get_addr=0:"
+                               f"suppressions={HERE / 'tsan.supp'}"},
 }
 LIBRARIES = {"address": ("libasan.so", "libubsan.so", "libstdc++.so"), "thread": ("libtsan.so", "libstdc++.so")}
 
