@@ -132,16 +132,17 @@ def test_brackets_of_the_real_sources_match():
 
 
 def test_a_survivor_needs_a_reason(tmp_path):
-    file = tmp_path / "survivors.toml"
-    file.write_text('[[group]]\nkind = "equivalent"\nreason = "the grid is larger than needed"\nnames = ["a", "b"]\n')
-    assert survivors.load(file)["b"]["reason"] == "the grid is larger than needed"
-    assert survivors.stale(survivors.load(file), ["a"]) == {"b"}
+    file = tmp_path / "f.cu.toml"
+    file.write_text('[[group]]\nkind = "equivalent"\nreason = "the grid is larger"\nnames = ["f.cu:a", "f.cu:b"]\n')
+    assert survivors.load(tmp_path)["f.cu:b"]["reason"] == "the grid is larger"
+    assert survivors.stale(survivors.load(tmp_path), ["f.cu:a"]) == {"f.cu:b"}
     for bad in ('[[group]]\nkind = "equivalent"\nreason = " "\nnames = []',
                 '[[group]]\nkind = "so"\nreason = "r"\nnames = []',
-                '[[group]]\nkind = "hole"\nreason = "r"\nnames = ["a", "a"]'):
+                '[[group]]\nkind = "hole"\nreason = "r"\nnames = ["f.cu:a", "f.cu:a"]',
+                '[[group]]\nkind = "hole"\nreason = "r"\nnames = ["g.cu:a"]'):
         file.write_text(bad)
-        with pytest.raises(ValueError, match="survivors.toml"):
-            survivors.load(file)
+        with pytest.raises(ValueError, match="f.cu.toml"):
+            survivors.load(tmp_path)
     survivors.load()
 
 
