@@ -95,13 +95,13 @@ class Tests:
         with self.lock:
             print(json.dumps(message), file=self.inbox, flush=True)
 
-    def _ask(self, library, order, limits, schedule, mutant=None):
+    def _ask(self, library, order, limits, schedule, mutant=None, seen=False):
         waiting = queue.SimpleQueue()
         with self.lock:
             number = len(self.answers)
             self.answers[number] = waiting
         job = {"id": number, "library": str(library), "tests": list(order), "limits": limits, "schedule": schedule,
-               "mutant": mutant}
+               "mutant": mutant, "seen": seen}
         self._send(job)
         answer = waiting.get()
         if answer is None:
@@ -129,6 +129,14 @@ class Tests:
             for test, s in got["seconds"].items():
                 self.seconds[int(test)] = max(s, self.seconds.get(int(test), 0.01))
             self.passed.update((i, schedule) for i in new)
+
+    def seen(self, library, names):
+        """{test: numbers of the places that it comes by}, from a library with marks."""
+        order = [self.number[n] for n in names]
+        got = self._ask(library, order, [60 + 100 * self.seconds[i] for i in order], SCHEDULES[0], seen=True)
+        if got["test"] is not None:
+            raise RuntimeError(f"{self.ids[got['test']]} fails in a library with marks: {got['verdict']}")
+        return {self.ids[int(i)]: numbers for i, numbers in got["seen"].items()}
 
     def _ordered(self, tests, function):
         """First those that have noticed most mutants, of this function above all, in the least time."""
