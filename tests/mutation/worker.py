@@ -4,7 +4,7 @@ Started by tests.py as `python -m mutation.worker <file descriptor in> <out> <te
 tests; then it reads a job a line, {"id", "library", "tests": [numbers, in order], "limits": [CPU seconds], "schedule",
 "mutant": its number where the library has many, "seen": whether it has marks}, and answers {"id", "verdict", "test",
 "seconds": {number: CPU seconds}, "seen": {number: marks}} when it is done, several jobs at a time. The job {"warm":
-library} runs all tests once in the process itself, so that later forks inherit what torch does at a first call; it
+library, "tests"} runs these once in the process itself, so that later forks inherit what torch does at a first call; it
 answers which kernels each of them calls.
 
 Time is CPU time, and memory is counted: a machine that is busy or a process that is stopped for a while changes no
@@ -69,7 +69,7 @@ class Worker:
                     line, text = text.split("\n", 1)
                     job = json.loads(line)
                     if "warm" in job:
-                        self.warm(items, job["warm"])
+                        self.warm(items, job)
                     else:
                         child = Child(self, items, job)
                         children[child.pipe] = child
@@ -79,13 +79,13 @@ class Worker:
                     del children[pipe]
                     self.say(answer)
 
-    def warm(self, items, library):
+    def warm(self, items, job):
         from simt import backend
 
-        _use(library)
+        _use(job["warm"])
         called, call = {}, backend._run
         backend._run = lambda options, name, *a: (names.add(name), call(options, name, *a))[1]
-        chosen = [(i, item) for i, item in enumerate(items) if "_huge.py::" not in item.nodeid]
+        chosen = [(i, items[i]) for i in job["tests"]]
         for (i, item), (_, following) in zip(chosen, [*chosen[1:], (None, None)], strict=True):
             names = set()
             _again(item)
