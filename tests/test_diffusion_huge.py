@@ -62,7 +62,7 @@ def test_more_than_2_31_samples_simt():
 
 
 def test_two_samples_of_more_than_2_31_simt():
-    """Each with its own coefficients; all elements of the block are written, also those with 2^31 and more behind them."""
+    """Each with its own coefficients; elements that have 2^31 others behind them are written too."""
     size, coefficients = 2**31 + 2**20, torch.tensor([COEFFICIENTS, COEFFICIENTS[::-1]])
     x, m, _, out, x0, at = step((2, size), torch.float16, coefficients=coefficients)
     assert at[0] < 2**23 and (at >= size).any()
