@@ -52,20 +52,26 @@ def built(folder, name, text, *flags):
     return library, None
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
-def test_together_as_alone(tmp_path):
-    schema = Schema(TEXT)
+def built_of(folder, schema, render):
+    """The library, its text, {line: numbers}, the (number, mutant) in it, and the numbers that g++ does not take."""
     some = [(n, m) for n, m in enumerate(mutants("f.cu", TEXT), 1) if schema.segment(m)]
     refused = set()
     for _ in range(9):
         some = [(n, m) for n, m in some if n not in refused]
-        text, lines = schema.render(some)
-        many, complaints = built(tmp_path, "many", PRELUDE.replace("\n", " ") + text, "-Werror=vla")
-        if many:
-            break
-        bad = blamed(complaints, tmp_path / "many.cpp", lines)
+        text, lines = render(some)
+        library, complaints = built(folder, "many", PRELUDE.replace("\n", " ") + text, "-Werror=vla")
+        if library:
+            return library, text, lines, some, refused
+        bad = blamed(complaints, folder / "many.cpp", lines)
         assert bad
         refused |= bad
+    raise AssertionError(complaints)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_together_as_alone(tmp_path):
+    schema = Schema(TEXT)
+    many, text, lines, some, refused = built_of(tmp_path, schema, schema.render)
     assert text.count("\n") == TEXT.count("\n")  # reports of the emulator name the same lines
     assert set().union(*lines.values()) == {n for n, _ in some}
     assert all("a[8][8]" in TEXT.split("\n")[m.line - 1] or "p = {n, m}" in TEXT.split("\n")[m.line - 1]
@@ -80,6 +86,26 @@ def test_together_as_alone(tmp_path):
         assert [many.f(*i) for i in INPUTS] == alone, m.what
         differ += alone != [plain.f(*i) for i in INPUTS]
     assert differ > 20
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_marks_say_which_places_are_met(tmp_path):
+    schema = Schema(TEXT)
+    library, _, _, some, _ = built_of(tmp_path, schema, schema.marked)
+    marks = (ctypes.c_ubyte * (1 << 14)).in_dll(library, "gmk_mutants_seen")
+    plain, _ = built(tmp_path, "plain", TEXT)
+    seen = {}
+    for i in INPUTS:
+        ctypes.memset(marks, 0, len(marks))
+        assert library.f(*i) == plain.f(*i)
+        seen[i] = {n for n, mark in enumerate(bytes(marks)) if mark}
+    for number, m in some:
+        one, _ = built(tmp_path, f"m{number}", m.apply(TEXT))
+        missed = [i for i in INPUTS if one.f(*i) != plain.f(*i) and number not in seen[i]]
+        assert not missed, m.what
+    either = {m.what: {i for i in INPUTS if n in seen[i]} for n, m in some}
+    assert either["5 -> 6"] == {(n, m) for n, m in INPUTS if not (n > 1 and m != 0)}
+    assert either["4 -> 5"] == {(n, m) for n, m in INPUTS if n > 1 and m >= 3}
 
 
 def whole(text, what):

@@ -205,10 +205,10 @@ class _File:
         """Those of the tests that call a kernel in one of the changed objects."""
         if self.few:
             return names
-        called, behind = self.tests.warm(), self.plain.behind
+        called, behind = self.tests.warm(names), self.plain.behind
         objects = {t: set().union(*(behind.get(kernel, self.objects) for kernel in called.get(t, ())))
                    for t in names}
-        return [t for t in names if t not in called or objects[t] & set(changed)]
+        return [t for t in names if objects[t] & set(changed)]
 
     def of(self, family):
         return [o for o in self.plain.objects(self.path) if self.plain.commands[0][o][0].split("/")[-2] == family]

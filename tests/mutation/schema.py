@@ -6,6 +6,8 @@ Code generation is most of what a mutant costs, and this pays for it once for so
 inside an expression that is computed at run time. Types, template arguments, sizes of arrays and the like have to be
 constants: the compiler says so, and those mutants are compiled one by one. Whatever survives here is looked at alone,
 too.
+
+The same places, each with `(gmk_mutant_seen(7), (as it is))`, tell which tests come by: no other one can notice it.
 """
 
 import re
@@ -25,6 +27,10 @@ __attribute__((weak, visibility("hidden"))) int gmk_mutant_now = 0;
 __attribute__((weak, visibility("default"), no_sanitize("thread"))) void gmk_mutant_set(int n) { gmk_mutant_now = n; }
 __attribute__((weak, visibility("hidden"), noinline, const, no_sanitize("thread"))) int gmk_mutant() {
   return gmk_mutant_now;
+}
+__attribute__((weak, visibility("default"))) unsigned char gmk_mutants_seen[1 << 14] = {0};
+__attribute__((weak, visibility("hidden"), noinline, no_sanitize("thread"))) void gmk_mutant_seen(int n) {
+  gmk_mutants_seen[n] = 1;
 }
 }
 """
@@ -90,32 +96,50 @@ class Schema:
     def render(self, some):
         """The text with all of `some`, [(number, mutant)], in it; {line: numbers that changed it}. Those whose
         expressions overlap without being one inside the other are left out, and are not among the numbers."""
+        chosen = self._chosen(some)
+        lines = {}
+        for (start, end), here in chosen.items():
+            for line in range(self.text.count("\n", 0, start) + 1, self.text.count("\n", 0, end) + 2):
+                lines.setdefault(line, set()).update(number for number, _ in here)
+        return self._with(0, len(self.text), chosen, self._mutants, outside=True), lines
+
+    def marked(self, some):
+        """The same for marks: each is on a line of its own, so that the compiler's complaint is of that one."""
+        chosen = self._chosen(some)
+        text = self._with(0, len(self.text), chosen, self._marks, outside=True)
+        lines, last = {}, set()
+        for i, line in enumerate(text.split("\n"), 1):
+            last = set(map(int, re.findall(r"gmk_mutant_seen\((\d+)\)", line))) or last
+            lines[i] = last
+        return text, lines
+
+    def _chosen(self, some):
         chosen = {}
         for number, m in some:
             place = self.segment(m)
             if place and all(_apart(place, other) for other in chosen):
                 chosen.setdefault(place, []).append((number, m))
-        lines = {}
-        for (start, end), here in chosen.items():
-            for line in range(self.text.count("\n", 0, start) + 1, self.text.count("\n", 0, end) + 2):
-                lines.setdefault(line, set()).update(number for number, _ in here)
-        return self._with(0, len(self.text), chosen, outside=True), lines
+        return chosen
 
-    def _with(self, start, end, chosen, outside=False):
+    def _with(self, start, end, chosen, around, outside=False):
         inner = sorted(((a, b) for a, b in chosen if start <= a and b <= end and (outside or (a, b) != (start, end))),
                        key=lambda p: (p[0], -p[1]))
         text, at = "", start
         for a, b in inner:
             if a >= at:
-                text += self.text[at:a] + self._with(a, b, chosen)
+                text += self.text[at:a] + self._with(a, b, chosen, around)
                 at = b
         text += self.text[at:end]
-        if outside:
-            return text
-        changed = [(n, self._changed(m, start, end)) for n, m in chosen[start, end]]
+        return text if outside else around(chosen[start, end], start, end, text)
+
+    def _mutants(self, here, start, end, text):
+        changed = [(n, self._changed(m, start, end)) for n, m in here]
         void = "" if all(new for _, new in changed) else "(void)"  # a call that is deleted: nobody wants its value
         choices = "".join(f"gmk_mutant() == {n} ? {void}({new or 0}) : " for n, new in changed)
         return f"({choices}{void}({text}))"
+
+    def _marks(self, here, start, end, text):
+        return f"(\n{' '.join(f'gmk_mutant_seen({n}),' for n, _ in here)}\n({text}))"
 
     def _changed(self, m, start, end):
         text = self.text[:end]

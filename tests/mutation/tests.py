@@ -95,26 +95,27 @@ class Tests:
         with self.lock:
             print(json.dumps(message), file=self.inbox, flush=True)
 
-    def _ask(self, library, order, limits, schedule, mutant=None):
+    def _ask(self, library, order, limits, schedule, mutant=None, seen=False):
         waiting = queue.SimpleQueue()
         with self.lock:
             number = len(self.answers)
             self.answers[number] = waiting
         job = {"id": number, "library": str(library), "tests": list(order), "limits": limits, "schedule": schedule,
-               "mutant": mutant}
+               "mutant": mutant, "seen": seen}
         self._send(job)
         answer = waiting.get()
         if answer is None:
             raise RuntimeError(f"the process of {self.files} has ended")
         return answer
 
-    def warm(self):
-        """What each test calls: {id: kernels}; those of many gigabytes are left out."""
+    def warm(self, names):
+        """What each of these tests calls: {id: kernels}."""
         with self.baseline:
-            if not self.called:
+            new = [self.number[name] for name in names if name not in self.called]
+            if new:
                 waiting = self.answers["warm"] = queue.SimpleQueue()
-                self._send({"warm": self.library})
-                self.called = {self.ids[int(i)]: names for i, names in waiting.get()["called"].items()}
+                self._send({"warm": self.library, "tests": new})
+                self.called.update((self.ids[int(i)], names) for i, names in waiting.get()["called"].items())
         return self.called
 
     def ensure(self, tests, schedule):
@@ -129,6 +130,14 @@ class Tests:
             for test, s in got["seconds"].items():
                 self.seconds[int(test)] = max(s, self.seconds.get(int(test), 0.01))
             self.passed.update((i, schedule) for i in new)
+
+    def seen(self, library, names):
+        """{test: numbers of the places that it comes by}, from a library with marks."""
+        order = [self.number[n] for n in names]
+        got = self._ask(library, order, [60 + 100 * self.seconds[i] for i in order], SCHEDULES[0], seen=True)
+        if got["test"] is not None:
+            raise RuntimeError(f"{self.ids[got['test']]} fails in a library with marks: {got['verdict']}")
+        return {self.ids[int(i)]: numbers for i, numbers in got["seen"].items()}
 
     def _ordered(self, tests, function):
         """First those that have noticed most mutants, of this function above all, in the least time."""

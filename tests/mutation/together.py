@@ -25,6 +25,7 @@ class Together:
         batches = [some[i::count] for i in range(count)]  # neighbours in different ones
         self.file.tests.ensure([self.file.tests.number[t] for t in self.names], SCHEDULES[0])
         folder, lock = self.file.plain.folder.parent, threading.Lock()
+        self.meets = self.meeting(Builder(folder / "together0"), some)
         free = [Builder(folder / f"together{i}") for i in range(self.file.jobs)]
 
         def one(batch):
@@ -41,6 +42,20 @@ class Together:
                 killed = sum(bool(verdict["test"]) for _, verdict in answers)
                 self.file.say(f"  {killed} of {len(answers)} that were compiled together are killed")
                 yield from answers
+
+    def meeting(self, builder, some):
+        """{n: the tests that come by the place of mutant n}, of those where this can be compiled."""
+        library, inside, _ = self.compile(builder, some, self.schema.marked)
+        if library is None:
+            return {}
+        seen = self.file.tests.seen(library, self.names)
+        by = {n: [] for n, _ in inside}
+        for test in self.names:
+            for number in seen[test]:
+                by[number - 1].append(test)
+        share = sum(map(len, by.values())) / max(1, len(by) * len(self.names))
+        self.file.say(f"  {len(by)} places, met by {share:.0%} of the tests, {sum(not t for t in by.values())} by none")
+        return by
 
     def huge(self, m):
         """Meets the tests of many gigabytes, which are not run here."""
@@ -61,17 +76,20 @@ class Together:
                 raise RuntimeError(f"{self.file.path.name}: {test} fails in a library of many mutants, none of them "
                                    f"alive: {verdict}")
             for n, m in inside:
-                verdict, test = self.file.tests.run(library, names=self.names, function=m.function, mutant=n + 1,
-                                                    first=self.file.hint(m))
+                names = self.meets.get(n, self.names)
+                verdict, test = "survived", None
+                if names:
+                    verdict, test = self.file.tests.run(library, names=names, function=m.function, mutant=n + 1,
+                                                        first=self.file.hint(m))
                 answers.append((n, {"verdict": verdict, "test": test}))
         return answers
 
-    def compile(self, builder, batch):
+    def compile(self, builder, batch, render=None):
         """The library, the mutants that are in it, and those to try again without these. The compiler's complaints tell
         which cannot be in any."""
         left = []
         while batch:
-            text, lines = self.schema.render([(n + 1, m) for n, m in batch])
+            text, lines = (render or self.schema.render)([(n + 1, m) for n, m in batch])
             builder.plant(self.file.path, text)
             (builder.folder / "schema.h").write_text(PRELUDE)
             flags = ["-Werror=vla", "-fmax-errors=0", "-include", str(builder.folder / "schema.h")]

@@ -2,9 +2,10 @@
 
 Started by tests.py as `python -m mutation.worker <file descriptor in> <out> <tests...>`. It writes the ids of its
 tests; then it reads a job a line, {"id", "library", "tests": [numbers, in order], "limits": [CPU seconds], "schedule",
-"mutant": its number where the library has many}, and answers {"id", "verdict", "test", "seconds": {number: CPU
-seconds}} when it is done, several jobs at a time. The job {"warm": library} runs all tests once in the process itself,
-so that later forks inherit what torch does at a first call; it answers which kernels each of them calls.
+"mutant": its number where the library has many, "seen": whether it has marks}, and answers {"id", "verdict", "test",
+"seconds": {number: CPU seconds}, "seen": {number: marks}} when it is done, several jobs at a time. The job {"warm":
+library, "tests"} runs these once in the process itself, so that later forks inherit what torch does at a first call; it
+answers which kernels each of them calls.
 
 Time is CPU time, and memory is counted: a machine that is busy or a process that is stopped for a while changes no
 verdict.
@@ -27,6 +28,7 @@ CLOCK, PAGE = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 TICK = 0.2  # seconds between two looks at the children
 MOST_IDLE = 100  # looks at a test that sleeps, and has not computed since the look before: it waits for itself
 MOST_MEMORY = 3 << 30
+MARKS = 1 << 14  # as in schema.py
 
 
 class Worker:
@@ -67,7 +69,7 @@ class Worker:
                     line, text = text.split("\n", 1)
                     job = json.loads(line)
                     if "warm" in job:
-                        self.warm(items, job["warm"])
+                        self.warm(items, job)
                     else:
                         child = Child(self, items, job)
                         children[child.pipe] = child
@@ -77,13 +79,13 @@ class Worker:
                     del children[pipe]
                     self.say(answer)
 
-    def warm(self, items, library):
+    def warm(self, items, job):
         from simt import backend
 
-        _use(library)
+        _use(job["warm"])
         called, call = {}, backend._run
         backend._run = lambda options, name, *a: (names.add(name), call(options, name, *a))[1]
-        chosen = [(i, item) for i, item in enumerate(items) if "_huge.py::" not in item.nodeid]
+        chosen = [(i, items[i]) for i in job["tests"]]
         for (i, item), (_, following) in zip(chosen, [*chosen[1:], (None, None)], strict=True):
             names = set()
             _again(item)
@@ -99,16 +101,21 @@ class Worker:
         _use(job["library"])
         if job["mutant"] is not None:
             ctypes.CDLL(job["library"]).gmk_mutant_set(job["mutant"])
+        marks = (ctypes.c_ubyte * MARKS).in_dll(ctypes.CDLL(job["library"]), "gmk_mutants_seen") if job["seen"] else ()
         order = [items[i] for i in job["tests"]]
         for item, following, number in zip(order, [*order[1:], None], job["tests"], strict=True):
             out.write(f"start {number}\n")
             out.flush()
             _again(item)
+            if marks:
+                ctypes.memset(marks, 0, MARKS)
             reports = runtestprotocol(item, log=False, nextitem=following)
             if any(r.failed for r in reports):
                 out.write(f"failed {self.causes[item]}\n")
                 out.flush()
                 return
+            if marks:
+                out.write(f"seen {json.dumps([i for i, mark in enumerate(bytes(marks)) if mark])}\n")
         out.write("passed\n")
         out.flush()
 
@@ -127,6 +134,7 @@ class Child:
                 os._exit(0)
         os.close(write)
         self.seconds, self.text, self.current, self.began, self.cpu, self.idle = {}, "", None, 0.0, 0.0, 0
+        self.seen = {}
 
     def look(self, ready):
         """The answer, or None while there is none."""
@@ -153,7 +161,9 @@ class Child:
             word, _, rest = line.partition(" ")
             if self.current is not None:
                 self.seconds[self.current] = round(self.cpu - self.began, 3)
-            if word == "start":
+            if word == "seen":
+                self.seen[self.current] = json.loads(rest)
+            elif word == "start":
                 self.current, self.began = int(rest), self.cpu
             else:
                 verdict = rest if word == "failed" else "survived"
@@ -166,7 +176,7 @@ class Child:
         if verdict == "crash" and os.WIFSIGNALED(status):
             verdict = f"crash {signal.Signals(os.WTERMSIG(status)).name}"
         test = self.current if verdict != "survived" else None
-        return {"id": self.job["id"], "verdict": verdict, "test": test, "seconds": self.seconds}
+        return {"id": self.job["id"], "verdict": verdict, "test": test, "seconds": self.seconds, "seen": self.seen}
 
 
 def _again(item):
