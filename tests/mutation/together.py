@@ -28,6 +28,7 @@ class Together:
         some = [(n, m) for n, m in some if self.schema.segment(m) and not self.huge(m)]
         count = -(-len(some) // MOST)
         batches = [some[i::count] for i in range(count)]  # neighbours in different ones
+        self.file.tests.warm(self.names)  # else every fork does what torch does at a first call: half a second
         self.file.tests.ensure([self.file.tests.number[t] for t in self.names], SCHEDULES[0])
         folder, lock = self.file.plain.folder.parent, threading.Lock()
         self.meets = self.meeting(Builder(folder / "together0"), some)
