@@ -185,6 +185,41 @@ def test_memory_is_bounded(tmp_path):
     assert float(done.stdout) < 64, done.stdout
 
 
+IN_MEMORY = """
+import sys, numpy as np, warnings
+warnings.simplefilter("ignore")
+from gmkernels import GaussianMixture
+
+
+def kilobytes(name):
+    return [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)][0]
+
+
+rng = np.random.default_rng(0)
+centres = 30 * rng.normal(size=(64, 16))
+X = np.empty((1_000_000, 16), np.float32)
+for rows in np.split(X, 10):
+    rows[:] = centres[rng.integers(0, 64, len(rows))] + rng.standard_normal(rows.shape)
+GaussianMixture(64, covariance_type=sys.argv[1], random_state=0, max_iter=2).fit(X[:20000])
+open("/proc/self/clear_refs", "w").write("5")
+before = kilobytes("VmRSS")
+GaussianMixture(64, covariance_type=sys.argv[1], random_state=0, max_iter=2).fit(X)
+print((kilobytes("VmHWM") - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("kind", ["diag", "full"])
+def test_memory_beyond_the_data(kind):
+    """k-means, the first M-step and EM: four bytes per row (below the 6.4 that make 64 MB for ten million) and 12 MB
+    that do not grow with the rows; the data have 61 MB."""
+    package = os.path.dirname(os.path.dirname(os.path.dirname(mixture.__file__)))
+    done = subprocess.run([sys.executable, "-c", IN_MEMORY, kind], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": package}, check=True)
+    assert float(done.stdout) < 12 + 4 * 1_000_000 / 2**20, done.stdout
+
+
 # partial_fit ----------------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ static KmeansLloyd kmeans(Address centers, Address labels, Address inertia, Addr
                           int dtype, int64_t max_iter, double tol) {
   KmeansLloyd a{};
   a.centers = pointer(centers, b * k * d, "centers");
-  a.labels = pointer<int64_t>(labels, b * n, "labels");
+  a.labels = pointer<int32_t>(labels, b * n, "labels");
   a.inertia = pointer<double>(inertia, b, "inertia");
   a.n_iter = pointer<int64_t>(n_iter, b, "n_iter");
   a.init = pointer(init, b * k * d, "init");

@@ -28,7 +28,7 @@ struct KmeansPlusPlus {
 
 struct KmeansLloyd {
   void* centers;     // [b, k, d]
-  int64_t* labels;   // [b, n]
+  int32_t* labels;   // [b, n]
   double* inertia;   // [b]
   int64_t* n_iter;   // [b]
   const void* init;  // [k, d] of each data set

@@ -18,10 +18,12 @@ GMK_INLINE void add_row(double* sum, const T* x, double weight, int64_t d) {
   for (; f < d; ++f) sum[f] += weight * double(x[f]);
 }
 
-// Row i before row j: farther away, or as far and earlier.
-GMK_INLINE bool before(const double* far, int64_t i, int64_t j) {
-  return far[i] > far[j] || (far[i] == far[j] && i < j);
-}
+struct FarRow {
+  double far;  // squared distance to its centre
+  int64_t row;
+};
+// Farther away, or as far and earlier.
+GMK_INLINE bool before(const FarRow& a, const FarRow& b) { return a.far > b.far || (a.far == b.far && a.row < b.row); }
 
 template <class T>
 class Lloyd {
@@ -96,8 +98,8 @@ class Lloyd {
       for (int64_t r = 0; r < count; ++r) {
         const double w = rows_.weight_of(begin + r);
         inertia += w * double(distance[r]);
-        changed += labels_[begin + r] != at[r];
-        labels_[begin + r] = at[r];
+        changed += labels_[begin + r] != int32_t(at[r]);
+        labels_[begin + r] = int32_t(at[r]);
         if (!sums || w == 0) continue;
         add_row(slot + at[r] * step_, rows_.x + (begin + r) * d_, w, d_);
         weights(slot)[at[r]] += w;
@@ -145,33 +147,29 @@ class Lloyd {
 
   // Every empty centre takes the row that is farthest from its own, as in scikit-learn.
   bool relocate(int64_t empty) {
-    const int64_t n = rows_.n;
-    Scratch<double> far_rows(n);
-    Scratch<int64_t> heap_rows(empty);
-    if (!far_rows.ok() || !heap_rows.ok()) return false;
-    double* const far = far_rows.get();
-#pragma omp parallel for num_threads(threads_) if (threads_ > 1) schedule(static)
-    for (int64_t i = 0; i < n; ++i)
-      far[i] = rows_.weight_of(i) > 0 ? squared_distance(rows_.x + i * d_, centers_ + labels_[i] * d_, d_) : 0;
-    int64_t* const heap = heap_rows.get();  // the rows that come first; the root is the last of them
+    Scratch<FarRow> heap_rows(empty);
+    if (!heap_rows.ok()) return false;
+    FarRow* const heap = heap_rows.get();  // the rows that come first; the root is the last of them
     int64_t held = 0;
     const auto sink = [&](int64_t at) {
       for (int64_t child; (child = 2 * at + 1) < held; at = child) {
-        if (child + 1 < held && before(far, heap[child], heap[child + 1])) ++child;
-        if (before(far, heap[child], heap[at])) return;
-        const int64_t row = heap[at];
+        if (child + 1 < held && before(heap[child], heap[child + 1])) ++child;
+        if (before(heap[child], heap[at])) return;
+        const FarRow row = heap[at];
         heap[at] = heap[child];
         heap[child] = row;
       }
     };
-    for (int64_t i = 0; i < n; ++i) {
-      if (!(far[i] > 0)) continue;
+    for (int64_t i = 0; i < rows_.n; ++i) {
+      if (!(rows_.weight_of(i) > 0)) continue;
+      const FarRow row = {squared_distance(rows_.x + i * d_, centers_ + labels_[i] * d_, d_), i};
+      if (!(row.far > 0)) continue;
       if (held < empty) {
-        heap[held++] = i;
+        heap[held++] = row;
         if (held == empty)
           for (int64_t at = held / 2; at-- > 0;) sink(at);
-      } else if (before(far, i, heap[0])) {
-        heap[0] = i;
+      } else if (before(row, heap[0])) {
+        heap[0] = row;
         sink(0);
       }
     }
@@ -179,7 +177,7 @@ class Lloyd {
     if (found < empty)
       for (int64_t at = held / 2; at-- > 0;) sink(at);
     while (held > 1) {  // heap sort: the first one first
-      const int64_t row = heap[0];
+      const FarRow row = heap[0];
       heap[0] = heap[--held];
       heap[held] = row;
       sink(0);
@@ -189,7 +187,7 @@ class Lloyd {
     int64_t next = 0;
     for (int64_t c = 0; c < k_ && next < found; ++c) {
       if (w[c] > 0) continue;
-      const int64_t row = heap[next++], old = labels_[row];
+      const int64_t row = heap[next++].row, old = labels_[row];
       const double weight = rows_.weight_of(row);
       for (int64_t f = 0; f < d_; ++f) {
         const double part = weight * double(rows_.x[row * d_ + f]);
@@ -238,7 +236,7 @@ class Lloyd {
   const Rows<T> rows_;
   const int threads_;
   const int64_t step_, size_, wave_, tile_size_;
-  int64_t* const labels_;
+  int32_t* const labels_;
   T* const centers_;
   Scratch<T> before_, tiles_;
   Scratch<double> slots_, total_;

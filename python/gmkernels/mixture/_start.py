@@ -5,7 +5,7 @@ import torch
 
 from .. import _patterns, ops
 from .._factors import cholesky_of_precisions, covariances_of
-from ..ops.kmeans import local_trials
+from ..ops.kmeans import lloyd, local_trials
 
 _BLOCK = 1 << 20  # numbers of a block of responsibilities
 
@@ -35,7 +35,7 @@ def start(estimator, x, weights, random_state, given):
 
 
 def _responsibilities(estimator, x, weights, random_state):
-    """The rows of every component (a list of k index tensors), or random responsibilities (a RandomState).
+    """The component of every row (int32), or one row for each (a list), or random responsibilities (a RandomState).
 
     k-means and k-means++ draw what scikit-learn's draw from random_state: the same choice, but for rounding.
     """
@@ -45,17 +45,13 @@ def _responsibilities(estimator, x, weights, random_state):
     if how == "random_from_data":
         w = None if weights is None else weights.cpu().numpy().astype(np.float64)
         index = random_state.choice(n, size=k, replace=False, p=None if w is None else w / w.sum())
-        return list(torch.from_numpy(np.asarray(index)).to(x.device).split(1))
+        return np.asarray(index).tolist()
     rows, w = x.cpu(), None if weights is None else weights.cpu()  # no CUDA kernel yet
     uniforms = torch.from_numpy(random_state.random_sample(1 + (k - 1) * local_trials(k)))
     centers, index = ops.kmeans_plus_plus(rows, k, sample_weight=w, uniforms=uniforms)
     if how == "k-means++":
-        return list(index.to(x.device).split(1))
-    labels = ops.kmeans(rows, init=centers, sample_weight=w).labels.numpy()
-    if k < 2**15:
-        labels = labels.astype(np.int16)  # which numpy sorts by counting
-    order = torch.from_numpy(labels.argsort(kind="stable")).to(x.device)
-    return list(order.split(np.bincount(labels, minlength=k).tolist()))
+        return index.tolist()
+    return lloyd(rows, centers, w, 300, 1e-4)[1]
 
 
 def _shares(x, weights, r, k, state):
@@ -72,9 +68,22 @@ def _shares(x, weights, r, k, state):
             for c in range(k):
                 yield c, rows, resp[:, c]
         return
-    for c, members in enumerate(r):
-        for held in members.split(size):
-            yield c, x[held].double(), (x.new_ones(len(held)) if weights is None else weights[held]).double()
+    if isinstance(r, list):
+        for c, i in enumerate(r):
+            yield c, x[i : i + 1].double(), (x.new_ones(1) if weights is None else weights[i : i + 1]).double()
+        return
+    size = max(1, _BLOCK // 4 // x.shape[1])
+    for i in range(0, len(x), size):
+        labels = r[i : i + size].numpy()
+        if k < 2**15:
+            labels = labels.astype(np.int16)  # which numpy sorts by counting
+        counts = np.bincount(labels, minlength=k).tolist()
+        order = torch.from_numpy(labels.argsort(kind="stable")).to(x.device)
+        rows = x[i : i + size][order].double()
+        w = rows.new_ones(len(rows)) if weights is None else weights[i : i + size][order].double()
+        for c, (members, shares) in enumerate(zip(rows.split(counts), w.split(counts), strict=True)):
+            if len(members):
+                yield c, members, shares
 
 
 def _m_step(x, weights, r, kind, reg_covar, k):
@@ -82,7 +91,7 @@ def _m_step(x, weights, r, kind, reg_covar, k):
     d = x.shape[1]
     state = r.get_state() if isinstance(r, np.random.RandomState) else None
     nk, s1 = x.new_zeros(k, dtype=torch.float64), x.new_zeros(k, d, dtype=torch.float64)
-    middle = x.mean(0, dtype=torch.float64)
+    middle = x[: _BLOCK // max(d, 1) + 1].mean(0, dtype=torch.float64)  # near the data: for the rounding of s1
     for c, rows, resp in _shares(x, weights, r, k, state):
         nk[c] += resp.sum()
         s1[c] += resp @ (rows - middle)

@@ -176,7 +176,7 @@ def _outputs(x, init, sample_weight, max_iter, tol, out=None):
     check_same_dtype("x", x, init=init)
     k, d = init.shape[-2:]
     batch = _batch(x, k, sample_weight, init=(init, 2))
-    return (x.new_empty((*batch, k, d)), x.new_empty((*batch, x.shape[-2]), dtype=torch.int64),
+    return (x.new_empty((*batch, k, d)), x.new_empty((*batch, x.shape[-2]), dtype=torch.int32),
             x.new_empty(batch, dtype=torch.float64), x.new_empty(batch, dtype=torch.int64))
 
 
@@ -191,10 +191,12 @@ def _launch(outs, x, init, sample_weight, max_iter, tol):
 
 def _reference(x, init, sample_weight, max_iter, tol):
     _check_values(sample_weight, x=x, init=init)
-    return reference.kmeans.kmeans(x, init, sample_weight, max_iter, tol)
+    centers, labels, inertia, n_iter = reference.kmeans.kmeans(x, init, sample_weight, max_iter, tol)
+    return centers, labels.int(), inertia, n_iter
 
 
-_op = Op(
+# centers, labels int32, inertia, n_iter
+lloyd = Op(
     "kmeans(Tensor x, Tensor init, Tensor? sample_weight, int max_iter, float tol)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     outputs=_outputs,
@@ -257,4 +259,5 @@ def kmeans(x, k=None, *, init="k-means++", max_iter=300, tol=1e-4, sample_weight
             raise ValueError(f"init must be [..., k, d] with k={k}, got {tuple(init.shape)}")
         if seed is not None:
             raise ValueError("seed is for init='k-means++', but init is a tensor")
-    return KMeansResult(*_op(x, init, sample_weight, max_iter, float(tol)))
+    centers, labels, inertia, n_iter = lloyd(x, init, sample_weight, max_iter, float(tol))
+    return KMeansResult(centers, labels.long(), inertia, n_iter)
