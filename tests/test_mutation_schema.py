@@ -27,6 +27,7 @@ extern "C" long f(int n, int m) {
   Point p = {n, m};
   // a comment, with a comma
   p.x += a[1][2] - (n < 2 ? m : 3);
+  p.y -= n > m ? 1 : m;
   if (n > 1 && m != 0)
     p.y = -p.y * 2 +  // half of it
           sum<0>(a[n % 4], m < 3 ? m + 1 : 4);
@@ -120,6 +121,7 @@ def whole(text, what):
     ("x = a + b * c;", "+ -> -", "a + b * c"),
     ("x += a[i + 1] * c;", "+ -> -", "i + 1"),
     ("x -= a;", "-= -> +=", "x -= a"),
+    ("x -= u == v ? a ? b : c : d;", "-= -> +=", "x -= u == v ? a ? b : c : d"),
     ("y = f(a, b);", "f: a <-> b", "f(a, b)"),
     ("x = u ? a - 1 : c;", "- -> +", "a - 1"),
     ("for (int i = 0; i < n; ++i) x = 1;", "for (i < n) -> false", "i < n"),

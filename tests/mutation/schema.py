@@ -76,7 +76,12 @@ class Schema:
             low, high = level, s.match[level]  # two arguments: their call is the expression
         while not self._begins(low):
             low = s.match[low - 1] if s[low - 1] in (")", "]", "}") else low - 1
-        while not (s[high + 1] in (")", "]") or s[high + 1] in _STOPS or _ASSIGN.fullmatch(s[high + 1])):
+        # `a -= b ? c : d` is one expression, though `b` alone ends at its question mark.
+        assigns = any(_ASSIGN.fullmatch(s[k]) and self.around[k] == level for k in range(low, high + 1))
+        open_choices = 0
+        while not (s[high + 1] in (")", "]") or s[high + 1] in _STOPS or _ASSIGN.fullmatch(s[high + 1])) or (
+                s[high + 1] == "?" and assigns or s[high + 1] == ":" and open_choices):
+            open_choices += {"?": 1, ":": -1}.get(s[high + 1], 0)
             high = s.match[high + 1] if s[high + 1] in ("(", "[", "{") else high + 1
         start, end = s.tokens[low].start, s.tokens[high].end
         return None if re.search(r"^\s*#", self.text[start:end], re.M) else (start, end)
