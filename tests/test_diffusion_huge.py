@@ -59,3 +59,29 @@ def test_more_than_2_31_samples_simt():
     *got, at = step((samples, 1), torch.float16, coefficients=coefficients, noise=True, seed=seeds)
     words = reference.random.philox_words(torch.zeros_like(at), 0, 2, seeds[at])
     compare(*got, at, reference.random._numbers(words, True)[:, 0])
+
+
+def test_two_samples_of_more_than_2_31_simt():
+    """Each with its own coefficients; elements that have 2^31 others behind them are written too."""
+    size, coefficients = 2**31 + 2**20, torch.tensor([COEFFICIENTS, COEFFICIENTS[::-1]])
+    x, m, _, out, x0, at = step((2, size), torch.float16, coefficients=coefficients)
+    assert at[0] < 2**23 and (at >= size).any()
+    rows = coefficients[at // size].double()
+    x, m, out, x0 = (t.flatten()[at] for t in (x, m, out, x0))
+    want = reference.diffusion.diffusion_step(x.double(), m.double(), rows, low=-1.0, high=1.0)
+    for got, w in zip((out, x0), want, strict=True):
+        cases.close(got, w, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_more_than_2_32_blocks_of_noise_simt():
+    """Of one sample: a counter of more than one word."""
+    shape = (2**34 + 2**23,)
+    x, out = huge.periodic(shape, torch.float16), huge.empty(shape, torch.float16)
+    with backend.running(blocks=[-1]):
+        ops.diffusion_step(x, x, torch.tensor([0.0, 0, 0, 0, 0, 0, 0, 1]), noise=True, seed=5, step=3, out=out)
+        at = backend.written(out)
+    at = torch.cat([at[::997], at[-400:]])
+    assert at[-1] >= 2**34
+    words = reference.random.philox_words(at // 4, 3, 2, torch.tensor(5))
+    cases.close(out[at], reference.random._numbers(words, True).gather(-1, (at % 4)[:, None])[:, 0], atol=1e-3)

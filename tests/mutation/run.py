@@ -95,6 +95,7 @@ class _File:
         self.present = Present(path, self.plain, self.families)
 
     def run(self, some, again):
+        self.again = again
         rows = [self.cache.rows.get(m.name) for m in some]
         rows = [{**row, **_row(m), "test": row["test"]} if row and not again and self.present.holds(row) else None
                 for row, m in zip(rows, some, strict=True)]
@@ -126,7 +127,7 @@ class _File:
                 builder = free.pop()
             start = time.monotonic()
             try:
-                verdict = self.verdict(builder, some[n], again, n in alive)
+                verdict = self.verdict(builder, some[n], n in alive)
             finally:
                 with lock:
                     free.append(builder)
@@ -156,12 +157,16 @@ class _File:
         hint = self.cache.rows.get(m.name, {}).get("test") or self.hints.get(m.name)
         return hint if hint in self.tests.number else None
 
-    def verdict(self, builder, m, again, alive):
-        before = self.cache.rows.get(m.name)
+    def unseen(self, m):
+        """The tests that it has to meet: all, or those that are newer than its survival."""
+        before, shown = self.cache.rows.get(m.name), self.shown(m)
+        if before and before["verdict"] == "survived" and not self.again and self.present.holds(before):
+            return self.present.unseen(before, shown)
+        return shown
+
+    def verdict(self, builder, m, alive):
         hint = self.hint(m)
-        shown = self.shown(m)
-        if before and before["verdict"] == "survived" and not again and self.present.holds(before):
-            shown = self.present.unseen(before, shown)
+        shown = self.unseen(m)
         builder.plant(self.path, m.apply(self.text))
         made, families = {}, sorted(self.families, key=self.size)
         if hint:

@@ -1,6 +1,6 @@
 """Many mutants in one compilation: each place that is changed becomes `(mutant 7 ? (changed) : (as it is))`.
 
-    n += stride;   ->   (gmk_mutant() == 7 ? (n -= stride) : (n += stride));
+    n += stride;   ->   (gmk_mutant(7) ? (n -= stride) : (n += stride));
 
 Code generation is most of what a mutant costs, and this pays for it once for some dozens. It does where the change is
 inside an expression that is computed at run time. Types, template arguments, sizes of arrays and the like have to be
@@ -19,14 +19,13 @@ _STOPS = {";", ",", "{", "}", "?", ":"}
 _PLACE = re.compile(r"([^\s:,]+):(\d+):\d+:\s+(error|required|note)")
 _HEADS = {"if", "for", "while", "switch", "constexpr"}
 
-# Declared const: the number does not change while a kernel runs, so that it may be read once for a whole loop. Not
-# instrumented: the emulator knows nothing of this variable.
+# Declared const: what is alive does not change while a kernel runs, so that it may be read once for a whole loop. Not
+# instrumented: the emulator knows nothing of these variables.
 PRELUDE = """
 extern "C" {
-__attribute__((weak, visibility("hidden"))) int gmk_mutant_now = 0;
-__attribute__((weak, visibility("default"), no_sanitize("thread"))) void gmk_mutant_set(int n) { gmk_mutant_now = n; }
-__attribute__((weak, visibility("hidden"), noinline, const, no_sanitize("thread"))) int gmk_mutant() {
-  return gmk_mutant_now;
+__attribute__((weak, visibility("default"))) unsigned char gmk_mutants_alive[1 << 14] = {0};
+__attribute__((weak, visibility("hidden"), noinline, const, no_sanitize("thread"))) int gmk_mutant(int n) {
+  return gmk_mutants_alive[n];
 }
 __attribute__((weak, visibility("default"))) unsigned char gmk_mutants_seen[1 << 14] = {0};
 __attribute__((weak, visibility("hidden"), noinline, no_sanitize("thread"))) void gmk_mutant_seen(int n) {
@@ -76,15 +75,16 @@ class Schema:
             low, high = level, s.match[level]  # two arguments: their call is the expression
         while not self._begins(low):
             low = s.match[low - 1] if s[low - 1] in (")", "]", "}") else low - 1
-        # `a -= b ? c : d` is one expression, though `b` alone ends at its question mark.
-        assigns = any(_ASSIGN.fullmatch(s[k]) and self.around[k] == level for k in range(low, high + 1))
-        open_choices = 0
-        while not (s[high + 1] in (")", "]") or s[high + 1] in _STOPS or _ASSIGN.fullmatch(s[high + 1])) or (
-                s[high + 1] == "?" and assigns or s[high + 1] == ":" and open_choices):
-            open_choices += {"?": 1, ":": -1}.get(s[high + 1], 0)
+        # `x -= a ? b : c` is one expression, but `a ? b : c` in the place of `x -= a` would be another one
+        stops = _STOPS - {"?", ":"} if self._assigns(low, high) else _STOPS
+        while not (s[high + 1] in (")", "]") or s[high + 1] in stops or _ASSIGN.fullmatch(s[high + 1])):
             high = s.match[high + 1] if s[high + 1] in ("(", "[", "{") else high + 1
         start, end = s.tokens[low].start, s.tokens[high].end
         return None if re.search(r"^\s*#", self.text[start:end], re.M) else (start, end)
+
+    def _assigns(self, low, high):
+        return any(_ASSIGN.fullmatch(self.source[i]) and self.around[i] == self.around[low]
+                   for i in range(low, high + 1))
 
     def _chain(self, i):
         chain = [self.around[i]]
@@ -140,7 +140,7 @@ class Schema:
     def _mutants(self, here, start, end, text):
         changed = [(n, self._changed(m, start, end)) for n, m in here]
         void = "" if all(new for _, new in changed) else "(void)"  # a call that is deleted: nobody wants its value
-        choices = "".join(f"gmk_mutant() == {n} ? {void}({new or 0}) : " for n, new in changed)
+        choices = "".join(f"gmk_mutant({n}) ? {void}({new or 0}) : " for n, new in changed)
         return f"({choices}{void}({text}))"
 
     def _marks(self, here, start, end, text):
@@ -156,7 +156,7 @@ class Schema:
 
 def blamed(complaints, path, lines):
     """The numbers of the mutants that g++ complains of; `lines` from render."""
-    named = re.findall(r"\(gmk_mutant\(\) == (\d+)\) \?", complaints)  # in a type: an array of so many
+    named = re.findall(r"\(gmk_mutant\((\d+)\) != 0\) \?", complaints)  # in a type: an array of so many
     if named:
         return set(map(int, named))
     errors, around = set(), set()
@@ -166,6 +166,11 @@ def blamed(complaints, path, lines):
     return errors or around
 
 
+def overlap(a, b):
+    return a[0] < b[1] and b[0] < a[1]
+
+
 def _apart(a, b):
+    """One inside the other, or side by side."""
     inside = a[0] <= b[0] and b[1] <= a[1] or b[0] <= a[0] and a[1] <= b[1]
-    return inside or a[1] <= b[0] or b[1] <= a[0]
+    return inside or not overlap(a, b)

@@ -3,6 +3,7 @@
 import ast
 import functools
 import hashlib
+import itertools
 import json
 import os
 import queue
@@ -95,13 +96,13 @@ class Tests:
         with self.lock:
             print(json.dumps(message), file=self.inbox, flush=True)
 
-    def _ask(self, library, order, limits, schedule, mutant=None, seen=False):
+    def _ask(self, library, order, limits, schedule, alive=None, seen=False):
         waiting = queue.SimpleQueue()
         with self.lock:
             number = len(self.answers)
             self.answers[number] = waiting
         job = {"id": number, "library": str(library), "tests": list(order), "limits": limits, "schedule": schedule,
-               "mutant": mutant, "seen": seen}
+               "alive": alive, "seen": seen}
         self._send(job)
         answer = waiting.get()
         if answer is None:
@@ -148,19 +149,22 @@ class Tests:
 
         return sorted(tests, key=worth, reverse=True)
 
-    def best(self, names, function):
-        """These tests, the best ones first."""
-        return [self.ids[i] for i in self._ordered([self.number[n] for n in names], function)]
+    def best(self, names, function, first=None, seconds=float("inf")):
+        """These tests, `first` and the best ones first, as many as take so long, but one."""
+        order = [self.ids[i] for i in self._ordered([self.number[n] for n in names], function)]
+        order.sort(key=lambda name: name != first)
+        total = itertools.accumulate(self.seconds[self.number[name]] for name in order)
+        return [name for i, (name, s) in enumerate(zip(order, total, strict=True)) if i == 0 or s <= seconds]
 
-    def run(self, library, schedule=SCHEDULES[0], names=None, function="", mutant=None, first=None):
-        """The verdict, and the test it is from. `names`: only these tests; `first`: the one to begin with. `mutant`:
-        its number in a library of many; 0 is none."""
+    def run(self, library, schedule=SCHEDULES[0], names=None, function="", alive=None, first=None):
+        """The verdict, and the test it is from. `names`: only these tests; `first`: the one to begin with. `alive`: the
+        numbers of those that are, in a library of many."""
         tests = range(len(self.ids)) if names is None else [self.number[n] for n in names]
         self.ensure(tests, schedule)
         order = self._ordered(tests, function)
         if first in self.number and self.number[first] in order:
             order.sort(key=lambda i: i != self.number[first])
-        got = self._ask(library, order, [3 + 10 * self.seconds[i] for i in order], schedule, mutant)
+        got = self._ask(library, order, [3 + 10 * self.seconds[i] for i in order], schedule, alive)
         if got["test"] is None:
             return got["verdict"], None
         with self.lock:

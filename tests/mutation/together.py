@@ -1,4 +1,7 @@
-"""Mutants by the dozen: compiled together (schema.py), told apart at run time, one fork of the tests for each."""
+"""Mutants by the dozen: compiled together (schema.py), told apart at run time, one fork of the tests for each.
+
+Those that the best tests let through then meet the other tests by the half dozen: most of them are equivalent.
+"""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -6,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from simt import SCHEDULES
 
 from .build import Builder, Compiled
-from .schema import PRELUDE, Schema, blamed
+from .schema import PRELUDE, Schema, blamed, overlap
 
 MOST = 60  # in one library
 CONTROL = 10  # tests that a library without any mutant has to pass
+QUICK = 1.5  # CPU seconds of the best tests, that each mutant meets alone
+GROUP = 6  # that meet all others at once
 
 
 class Together:
@@ -23,6 +28,7 @@ class Together:
         some = [(n, m) for n, m in some if self.schema.segment(m) and not self.huge(m)]
         count = -(-len(some) // MOST)
         batches = [some[i::count] for i in range(count)]  # neighbours in different ones
+        self.file.tests.warm(self.names)  # else every fork does what torch does at a first call: half a second
         self.file.tests.ensure([self.file.tests.number[t] for t in self.names], SCHEDULES[0])
         folder, lock = self.file.plain.folder.parent, threading.Lock()
         self.meets = self.meeting(Builder(folder / "together0"), some)
@@ -71,18 +77,51 @@ class Together:
             if library is None:
                 continue
             best = self.file.tests.best(self.names, "")[:CONTROL]
-            verdict, test = self.file.tests.run(library, names=best, mutant=0)
+            verdict, test = self.file.tests.run(library, names=best, alive=())
             if test:
                 raise RuntimeError(f"{self.file.path.name}: {test} fails in a library of many mutants, none of them "
                                    f"alive: {verdict}")
+            quiet = []
             for n, m in inside:
-                names = self.meets.get(n, self.names)
-                verdict, test = "survived", None
-                if names:
-                    verdict, test = self.file.tests.run(library, names=names, function=m.function, mutant=n + 1,
-                                                        first=self.file.hint(m))
-                answers.append((n, {"verdict": verdict, "test": test}))
+                met = set(self.meets.get(n, self.names))
+                names = [t for t in self.file.unseen(m) if t in met]
+                few = self.file.tests.best(names, m.function, self.file.hint(m), QUICK)
+                verdict, test = self.alive(library, [n], few, self.file.hint(m), m.function)
+                if test:
+                    answers.append((n, {"verdict": verdict, "test": test}))
+                else:
+                    quiet.append((n, m, set(names) - set(few)))
+            for group in self.groups(quiet):
+                answers += self.all_of(library, group)
         return answers
+
+    def alive(self, library, numbers, names, first=None, function=""):
+        if not names:
+            return "survived", None
+        return self.file.tests.run(library, names=names, function=function, alive=[n + 1 for n in numbers], first=first)
+
+    def groups(self, quiet):
+        """By a few, whose places are apart: one would hide the other."""
+        groups = []
+        for n, m, names in quiet:
+            place = self.schema.segment(m)
+            for group in groups:
+                if len(group) < GROUP and not any(overlap(place, self.schema.segment(other)) for _, other, _ in group):
+                    group.append((n, m, names))
+                    break
+            else:
+                groups.append([(n, m, names)])
+        return groups
+
+    def all_of(self, library, group, first=None):
+        """Nobody notices all of them at once: nobody notices one. (If two make up for each other, both are said to
+        live: the error is on the side of too many survivors.)"""
+        names = set().union(*(names for _, _, names in group))
+        verdict, test = self.alive(library, [n for n, _, _ in group], [t for t in self.names if t in names], first)
+        if test is None or len(group) == 1:
+            return [(n, {"verdict": verdict, "test": test}) for n, _, _ in group]
+        half = len(group) // 2
+        return self.all_of(library, group[:half], test) + self.all_of(library, group[half:], test)
 
     def compile(self, builder, batch, render=None):
         """The library, the mutants that are in it, and those to try again without these. The compiler's complaints tell

@@ -2,10 +2,10 @@
 
 Started by tests.py as `python -m mutation.worker <file descriptor in> <out> <tests...>`. It writes the ids of its
 tests; then it reads a job a line, {"id", "library", "tests": [numbers, in order], "limits": [CPU seconds], "schedule",
-"mutant": its number where the library has many, "seen": whether it has marks}, and answers {"id", "verdict", "test",
-"seconds": {number: CPU seconds}, "seen": {number: marks}} when it is done, several jobs at a time. The job {"warm":
-library, "tests"} runs these once in the process itself, so that later forks inherit what torch does at a first call; it
-answers which kernels each of them calls.
+"alive": numbers of mutants, where the library has many, "seen": whether it has marks}, and answers {"id", "verdict",
+"test", "seconds": {number: CPU seconds}, "seen": {number: marks}} when it is done, several jobs at a time. The job
+{"warm": library, "tests"} runs these once in the process itself, so that later forks inherit what torch does at a first
+call; it answers which kernels each of them calls.
 
 Time is CPU time, and memory is counted: a machine that is busy or a process that is stopped for a while changes no
 verdict.
@@ -99,9 +99,11 @@ class Worker:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.environ["GMK_SIMT_SCHEDULE"] = job["schedule"]
         _use(job["library"])
-        if job["mutant"] is not None:
-            ctypes.CDLL(job["library"]).gmk_mutant_set(job["mutant"])
-        marks = (ctypes.c_ubyte * MARKS).in_dll(ctypes.CDLL(job["library"]), "gmk_mutants_seen") if job["seen"] else ()
+        if job["alive"] is not None:
+            array = _array(job["library"], "gmk_mutants_alive")
+            for n in job["alive"]:
+                array[n] = 1
+        marks = _array(job["library"], "gmk_mutants_seen") if job["seen"] else ()
         order = [items[i] for i in job["tests"]]
         for item, following, number in zip(order, [*order[1:], None], job["tests"], strict=True):
             out.write(f"start {number}\n")
@@ -198,6 +200,10 @@ def _cause(error):
         if hasattr(e, "reports"):
             return "report " + " ".join(sorted({r.kind for r in e.reports}))
     return "numeric" if isinstance(error, AssertionError) else type(error).__name__
+
+
+def _array(library, name):
+    return (ctypes.c_ubyte * MARKS).in_dll(ctypes.CDLL(library), name)
 
 
 def _use(library):
