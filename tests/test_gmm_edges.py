@@ -7,7 +7,7 @@ import torch
 import cases
 from gmkernels import ops
 from gmkernels.ops.gmm_inference import _sample_launch
-from test_gmm import F32, F64, INF, NAN, check, mixture
+from test_gmm import F32, F64, INF, NAN, check, mixture, run
 
 
 def threads_of(f):
@@ -39,15 +39,17 @@ def test_one_row_more_than_a_block(device, n):
     cases.close(lp, ops.gmm_log_prob(*(t.double() for t in args), "full"), rtol=2e-6, atol=2e-5)
 
 
+@pytest.mark.parametrize("covariance_type", ["full", "diag"])
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
-def test_nan_and_infinity_in_one_row(device, dtype):
+def test_nan_and_infinity_in_one_row(device, dtype, covariance_type):
     """A NaN wins wherever it is; an infinity alone is no density, even where P makes a NaN of it."""
-    x, lw, means, p = mixture(4, 3, 2, "full", dtype, device.torch)
-    p[:, 0, 1] = 0
+    x, lw, means, p = mixture(4, 3, 2, covariance_type, dtype, device.torch)
+    if covariance_type == "full":
+        p[:, 0, 1] = 0
     x[0, 0], x[0, 2] = INF, NAN
     x[1, 0], x[1, 2] = NAN, -INF
     x[2, 0] = INF
-    lp = ops.gmm_log_prob(x, lw, means, p, "full")
+    lp = ops.gmm_log_prob(x, lw, means, p, covariance_type)
     assert lp[:2].isnan().all() and lp[2] == -INF and lp[3].isfinite()
 
 
@@ -58,6 +60,22 @@ def test_infinite_rows_where_parameters_are_nan(device, covariance_type, d):
     x[0, 1], means[1, 0] = INF, NAN
     lp = ops.gmm_log_prob(x, lw, means, p, covariance_type)
     assert lp[0] == -INF and lp[1].isnan()
+
+
+@pytest.mark.parametrize("covariance_type", ["diag", "spherical"])
+def test_left_out_whatever_the_other_scales_are(device, covariance_type):
+    """Without weight, or with one scale of 0, in every lane of a warp."""
+    x, lw, means, p = mixture(3, 40, 3, covariance_type, F32, device.torch)
+    lw[0], p[0] = -INF, NAN
+    if covariance_type == "diag":
+        p[1, 7], p[1, 8], p[1, 39] = 0, NAN, NAN
+    else:
+        p[1] = 0
+    ones = torch.ones(3, device=device.torch)
+    lp, grads = run([x, lw, means, p], covariance_type, ones)
+    want, wanted = run([x, lw[2:], means[2:], p[2:]], covariance_type, ones)
+    assert torch.equal(lp, want) and torch.equal(grads[0], wanted[0])
+    assert all((g[:2] == 0).all() for g in grads[1:])
 
 
 @pytest.mark.parametrize("covariance_type", ["full", "diag"])
@@ -80,6 +98,9 @@ def test_sizes_of_blocks(device):
         pytest.skip("the emulator counts threads")
     x = mixture(9, 16, 1, "diag", F32)
     assert threads_of(lambda: ops.gmm_log_prob(*x, "diag")) == 32  # the plain path: 64
+    # With as many rows of grad_x, 128 rows of 64 features are 68 KiB: an sm_75 has 64.
+    x = mixture(129, 64, 1, "diag", F32)
+    assert threads_of(lambda: ops.gmm_score(*x, "diag")) == 2 * 64 + 3 * 32
     # 65 rows of 72 features are two blocks: 128 rows of 128 features, with parameters, need more than 99 KiB.
     x = mixture(65, 72, 1, "full", F32)
     assert threads_of(lambda: ops.gmm_log_prob(*x, "full")) == 128 + 2 * 128
