@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import cases
-from gmkernels import ops
+from gmkernels import ops, reference
 from gmkernels.ops.gmm_inference import _sample_launch
 from test_gmm import F32, F64, INF, NAN, check, mixture, run
 
@@ -78,6 +78,20 @@ def test_left_out_whatever_the_other_scales_are(device, covariance_type):
     assert all((g[:2] == 0).all() for g in grads[1:])
 
 
+@pytest.mark.parametrize("covariance_type", ["full", "tied", "diag", "spherical"])
+def test_unit_precisions(device, covariance_type):
+    x, lw, means, p = mixture(3, 9, 2, covariance_type, F32, device.torch)
+    p = torch.eye(9, device=p.device).expand(p.shape) if covariance_type in ("full", "tied") else torch.ones_like(p)
+    check([x, lw, means, p], covariance_type)
+
+
+def test_x_at_an_odd_address(device):
+    """Rows of 16 bytes that begin 4 bytes after a multiple of 16: one at each remainder of 15, too."""
+    x, lw, means, p = mixture(1, 4, 1, "diag", F32, device.torch, batch=(15,))
+    odd = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    check([odd, lw, means, p], "diag")
+
+
 @pytest.mark.parametrize("covariance_type", ["full", "diag"])
 def test_one_block_for_all_rows(device, covariance_type):
     """Its warps go on to the next rows together."""
@@ -132,3 +146,15 @@ def test_samples_of_two_mixtures_with_a_seed_each(device):
     for i in range(2):
         alone = ops.gmm_sample(6, *(t[i] for t in parameters), "diag", seed=7 + i)
         assert torch.equal(x[i], alone[0]) and torch.equal(c[i], alone[1])
+
+
+def test_a_component_begins_where_the_cdf_before_it_ends(device):
+    """The first whose cdf exceeds (word + 0.5) / 2^32: not one that equals it."""
+    word = reference.random.philox_words(torch.tensor([0]), 0, 3, torch.tensor(7))[0, 0]
+    u = (word.double() + 0.5) * 2.0**-32
+    for first, want in ((u, 1), (torch.nextafter(u, u + 1), 0), (torch.nextafter(u, u - 1), 1)):
+        cdf = torch.tensor([first, 1.0], dtype=F64, device=device.torch)
+        x, c = torch.empty(1, 1, device=device.torch), torch.empty(1, dtype=torch.int64, device=device.torch)
+        means, p = torch.tensor([[-50.0], [50.0]], device=device.torch), torch.ones(1, 1, device=device.torch)
+        _sample_launch((x, c), means, p, cdf, None, 1, 7, "tied")
+        assert c.item() == want and (x.item() > 0) == want

@@ -63,3 +63,16 @@ def test_components_simt():
     assert c.min() > 0 and 2**31 <= c.max() < k
     u = uniforms(torch.arange(n))
     assert (cdf[c] > u).all() and (cdf[c - 1] <= u).all()
+
+
+def test_seeds_simt():
+    """A row of each of b mixtures, every one with its own seed."""
+    b = 2**31 + 2**23
+    c, seeds, cdf = huge.empty((b, 1), torch.int64), huge.periodic((b,), torch.int64), torch.tensor([0.25, 1.0]).double()
+    with backend.running(blocks=[-1]):
+        _sample_launch((torch.empty(b, 1, 0), c), torch.empty(2, 0), torch.empty(0, 0), cdf, seeds, 1, 0, "tied")
+        at = backend.written(c)
+    at = torch.cat([at[::97], at[-400:]])
+    assert at[-1] >= 2**31
+    u = (reference.random.philox_words(torch.zeros_like(at), 0, 3, seeds[at])[:, 0].double() + 0.5) * 2.0**-32
+    assert torch.equal(c[at, 0], (u >= 0.25).long())
