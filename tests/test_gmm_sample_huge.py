@@ -68,7 +68,8 @@ def test_components_simt():
 def test_seeds_simt():
     """A row of each of b mixtures, every one with its own seed."""
     b = 2**31 + 2**23
-    c, seeds, cdf = huge.empty((b, 1), torch.int64), huge.periodic((b,), torch.int64), torch.tensor([0.25, 1.0]).double()
+    c, seeds = huge.empty((b, 1), torch.int64), huge.periodic((b,), torch.int64)
+    cdf = torch.tensor([0.25, 1.0]).double()
     with backend.running(blocks=[-1]):
         _sample_launch((torch.empty(b, 1, 0), c), torch.empty(2, 0), torch.empty(0, 0), cdf, seeds, 1, 0, "tied")
         at = backend.written(c)
