@@ -92,6 +92,18 @@ def test_x_at_an_odd_address(device):
     check([odd, lw, means, p], "diag")
 
 
+@pytest.mark.parametrize("covariance_type", ["diag", "spherical"])
+def test_weights_of_exactly_one(device, covariance_type):
+    """Every row, under each of four equal components: grad_x is four times that of one."""
+    x, lw, means, p = (t.expand(4, *t.shape[1:]) if i else t
+                       for i, t in enumerate(mixture(64, 5, 1, covariance_type, F32, device.torch)))
+    one = lw[:1], means[:1], p[:1]
+    log_prob = ops.gmm_log_prob(x, *one, covariance_type)
+    backward, ones = torch.ops.gmkernels.gmm_log_prob_backward, torch.ones(64, device=device.torch)
+    want = backward(ones, log_prob, x, *one, covariance_type, True, False)[0]
+    cases.close(backward(ones, log_prob, x, lw, means, p, covariance_type, True, False)[0], 4 * want.double())
+
+
 @pytest.mark.parametrize("covariance_type", ["full", "diag"])
 def test_one_block_for_all_rows(device, covariance_type):
     """Its warps go on to the next rows together."""
