@@ -8,14 +8,21 @@ namespace gmk {
 GMK_ISA_TABLES(GmmEmKernels, gmm_em_kernels)
 GMK_ISA_TABLES(GmmMStepKernels, gmm_m_step_kernels)
 
-static GmmEmStatistics gmm_em_statistics(Address sums, Address used_shift, Address x, Address log_weights,
-                                         Address means, Address precisions, Address sample_weight, Address shift,
-                                         Address initial, py::tuple strides, int64_t b, int64_t n, int64_t k, int64_t d,
-                                         int dtype, int covariance, int64_t sample_weight_stride,
+static GmmEmStatistics gmm_em_statistics(Address sums, Address used_shift, Address slab_sums, Address row_sums,
+                                         Address rows, Address prepared, Address x, Address log_weights, Address means,
+                                         Address precisions, Address sample_weight, Address shift, Address initial,
+                                         int64_t slabs, int64_t prepared_bytes, py::tuple strides, int64_t b, int64_t n,
+                                         int64_t k, int64_t d, int dtype, int covariance, int64_t sample_weight_stride,
                                          int64_t shift_stride) {
   GmmEmStatistics a{};
   a.sums = pointer<double>(sums, b * em_numbers(k, d, covariance), "sums");
   a.used_shift = pointer<double>(used_shift, b * d, "used_shift");
+  a.slab_sums = optional_pointer<double>(slab_sums);
+  a.row_sums = optional_pointer<double>(row_sums);
+  a.rows = optional_pointer(rows);
+  a.prepared = pointer(prepared, prepared_bytes, "prepared");
+  a.slabs = slabs;
+  a.prepared_bytes = prepared_bytes;
   a.sample_weight = optional_pointer(sample_weight);
   a.shift = optional_pointer<double>(shift);
   a.initial = optional_pointer<double>(initial);
@@ -57,7 +64,8 @@ static GmmMStep gmm_m_step(Address weights, Address log_weights, Address means, 
 }
 
 void bind_gmm_em(py::module_& m) {
-  bind_op(m, "gmm_em_statistics", gmm_em_statistics, GMK_CPU(gmm_em_kernels().statistics), nullptr);
+  bind_op(m, "gmm_em_statistics", gmm_em_statistics, GMK_CPU(gmm_em_kernels().statistics),
+          GMK_CUDA(gmm_em_statistics_cuda));
   bind_op(m, "gmm_responsibilities", gmm_responsibilities, GMK_CPU(gmm_em_kernels().responsibilities), nullptr);
   bind_op(m, "gmm_m_step", gmm_m_step, GMK_CPU(gmm_m_step_kernels().m_step), nullptr);
 }

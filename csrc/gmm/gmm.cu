@@ -118,15 +118,19 @@ Status launch_matrix(const GmmLogProb& a, void* stream) {
 
 }  // namespace
 
-Status gmm_log_prob_cuda(const GmmLogProb& a, int device, void* stream) {
-  if (a.in.b <= 0 || a.in.n <= 0) return kOk;
-  const DeviceGuard guard(device);
+Status gmm_row_log_prob(const GmmLogProb& a, void* stream) {
   if (a.in.dtype == kFloat64) return launch<double>(a, stream);
   const bool tensor_cores = gmm_has_tensor_cores();
   if (diagonal_path(a.in, tensor_cores)) return gmm_diagonal_log_prob(a, stream);
   if (tensor_cores && matrix_path(a.in, a.scratch_bytes, false))
     return for_tiles(a.in.d, [&](auto t) { return launch_matrix<decltype(t)::value>(a, stream); });
   return launch<float>(a, stream);
+}
+
+Status gmm_log_prob_cuda(const GmmLogProb& a, int device, void* stream) {
+  if (a.in.b <= 0 || a.in.n <= 0) return kOk;
+  const DeviceGuard guard(device);
+  return gmm_row_log_prob(a, stream);
 }
 
 }  // namespace gmk

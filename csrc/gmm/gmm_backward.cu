@@ -68,12 +68,6 @@ __global__ void __launch_bounds__(kRows, kBlocks) gmm_grad_x_kernel(GmmLogProbBa
   }
 }
 
-// Statistics of a component: sum w; full, tied: sum w t [d], sum w t_a t_b [a <= b]; diag, spherical: sum w y [d],
-// sum w y^2 [d]. scratch is [slabs][b][k][statistics].
-GMK_HD int64_t statistics(const GmmInputs& in) {
-  return in.covariance <= kTied ? 1 + in.d + in.d * (in.d + 1) / 2 : 1 + 2 * in.d;
-}
-
 template <class T>
 __global__ void __launch_bounds__(kRows, kBlocks)
     gmm_statistics_kernel(GmmLogProbBackward a, int shared, int64_t slabs) {
@@ -81,7 +75,7 @@ __global__ void __launch_bounds__(kRows, kBlocks)
   GMK_SHARED(weights, T[kRows]);
   T* const tile = reinterpret_cast<T*>(bytes);
   const GmmInputs& in = a.in;
-  const int64_t count = statistics(in), d = in.d;
+  const int64_t count = statistics_of(in), d = in.d;
   const int64_t per = ((in.n + slabs - 1) / slabs + kRows - 1) / kRows * kRows;  // rows of a slab
   for (int64_t job = blockIdx.x; job < slabs * in.b * in.k; job += gridDim.x) {
     const int64_t slab = job / (in.b * in.k), b = job / in.k % in.b, c = job % in.k;
@@ -139,17 +133,12 @@ __global__ void __launch_bounds__(kRows) gmm_sum_slabs_kernel(double* sums, int6
   }
 }
 
-GMK_DEV double second_moment(const double* sums, int64_t d, int64_t a, int64_t b) {
-  const int64_t low = a < b ? a : b, high = a < b ? b : a;
-  return sums[1 + d + low * d - low * (low - 1) / 2 + high - low];
-}
-
 // One gradient of P[row][column] from one component's statistics.
 template <class T>
 GMK_DEV double matrix_gradient(const double* sums, const T* p, int64_t d, int64_t row, int64_t column) {
   if (row > column) return 0;
   double g = 0;
-  for (int64_t i = 0; i <= column; ++i) g -= second_moment(sums, d, row, i) * double(p[i * d + column]);
+  for (int64_t i = 0; i <= column; ++i) g -= sums[second_moment_at(d, row, i)] * double(p[i * d + column]);
   if (row == column && sums[0] != 0) g += sums[0] / double(p[row * d + row]);
   return g;
 }
@@ -158,7 +147,7 @@ GMK_DEV double matrix_gradient(const double* sums, const T* p, int64_t d, int64_
 template <class T>
 __global__ void __launch_bounds__(kRows) gmm_grad_parameters_kernel(GmmLogProbBackward a) {
   const GmmInputs& in = a.in;
-  const int64_t count = statistics(in), k = in.k, d = in.d;
+  const int64_t count = statistics_of(in), k = in.k, d = in.d;
   const int64_t matrix = covariance_numbers(k, d, in.covariance), per = k + k * d + matrix;
   for (int64_t job = int64_t(blockIdx.x) * kRows + threadIdx.x; job < in.b * per; job += int64_t(gridDim.x) * kRows) {
     const int64_t b = job / per;
@@ -209,50 +198,73 @@ __global__ void __launch_bounds__(kRows) gmm_grad_parameters_kernel(GmmLogProbBa
   }
 }
 
+struct Paths {
+  bool matrix, diagonal;
+};
+Paths paths_of(const GmmLogProbBackward& a) {
+  if (a.in.dtype == kFloat64) return {false, false};
+  const bool tensor_cores = gmm_has_tensor_cores();
+  return {tensor_cores && matrix_path(a.in, a.prepared_bytes, a.need_x), diagonal_path(a.in, tensor_cores)};
+}
+
 template <class T>
-Status launch_backward(const GmmLogProbBackward& a, bool matrix, bool diagonal, void* stream) {
+int64_t tile_bytes(const GmmInputs& in) {  // of the plain kernels; 0: rows are read from global memory
+  const int64_t bytes = in.d * kRows * int64_t(sizeof(T));
+  return bytes <= kTileBytes ? bytes : 0;
+}
+
+template <class T>
+Status row_sums(const GmmLogProbBackward& a, Paths paths, int64_t slabs, void* stream) {
   const GmmInputs& in = a.in;
-  if (matrix && in.n > 0) {
+  const int64_t count = in.b * in.k * statistics_of(in), bytes = tile_bytes<T>(in);
+  if (!count) return kOk;
+  double* const sums = static_cast<double*>(a.scratch);
+  const Status status = paths.matrix     ? gmm_matrix_statistics(a, sums, slabs, a.need_x, stream)
+                        : paths.diagonal ? gmm_diagonal_statistics(a, sums, slabs, stream)
+                                         : GMK_LAUNCH((gmm_statistics_kernel<T>), grid_for(slabs * in.b * in.k, 1),
+                                                      kRows, size_t(bytes), stream, a, int(bytes > 0), slabs);
+  return status ? status
+                : GMK_LAUNCH((gmm_sum_slabs_kernel), grid_for(count, kRows), kRows, 0, stream, sums, count, slabs);
+}
+
+template <class T>
+Status launch_backward(const GmmLogProbBackward& a, Paths paths, void* stream) {
+  const GmmInputs& in = a.in;
+  if (paths.matrix && in.n > 0) {
     const Status status = gmm_prepare(in, static_cast<float*>(a.prepared), a.need_x, stream);
     if (status) return status;
   }
-  const int64_t bytes = in.d * kRows * int64_t(sizeof(T));
-  const int shared = bytes <= kTileBytes;
   if (a.need_x && in.n > 0) {
+    const int64_t bytes = tile_bytes<T>(in);
     const unsigned grid = grid_for(in.b * ((in.n + kRows - 1) / kRows), 1);
-    const Status status =
-        matrix     ? gmm_matrix_grad_x(a, stream)
-        : diagonal ? gmm_diagonal_grad_x(a, stream)
-                   : GMK_LAUNCH((gmm_grad_x_kernel<T>), grid, kRows, shared ? size_t(2 * bytes) : 0, stream, a, shared);
+    const Status status = paths.matrix     ? gmm_matrix_grad_x(a, stream)
+                          : paths.diagonal ? gmm_diagonal_grad_x(a, stream)
+                                           : GMK_LAUNCH((gmm_grad_x_kernel<T>), grid, kRows, size_t(2 * bytes), stream,
+                                                        a, int(bytes > 0));
     if (status) return status;
   }
   if (!a.need_parameters) return kOk;
-  const int64_t count = in.b * in.k * statistics(in);
+  const int64_t count = in.b * in.k * statistics_of(in);
   const int64_t slabs = count ? a.scratch_bytes / (count * int64_t(sizeof(double))) : 1;
   if (slabs < 1) return "scratch is too small";
-  if (count) {
-    double* const sums = static_cast<double*>(a.scratch);
-    Status status = matrix     ? gmm_matrix_statistics(a, sums, slabs, a.need_x, stream)
-                    : diagonal ? gmm_diagonal_statistics(a, sums, slabs, stream)
-                               : GMK_LAUNCH((gmm_statistics_kernel<T>), grid_for(slabs * in.b * in.k, 1), kRows,
-                                            shared ? size_t(bytes) : 0, stream, a, shared, slabs);
-    if (status) return status;
-    status = GMK_LAUNCH((gmm_sum_slabs_kernel), grid_for(count, kRows), kRows, 0, stream, sums, count, slabs);
-    if (status) return status;
-  }
+  const Status status = row_sums<T>(a, paths, slabs, stream);
+  if (status) return status;
   const unsigned grid = grid_for(in.b * in.k * (1 + 2 * in.d), kRows);
   return GMK_LAUNCH((gmm_grad_parameters_kernel<T>), grid, kRows, 0, stream, a);
 }
 
 }  // namespace
 
+Status gmm_row_sums(const GmmLogProbBackward& a, int64_t slabs, void* stream) {
+  return a.in.dtype == kFloat64 ? row_sums<double>(a, paths_of(a), slabs, stream)
+                                : row_sums<float>(a, paths_of(a), slabs, stream);
+}
+
 Status gmm_log_prob_backward_cuda(const GmmLogProbBackward& a, int device, void* stream) {
   if (a.in.b <= 0) return kOk;
   const DeviceGuard guard(device);
-  if (a.in.dtype == kFloat64) return launch_backward<double>(a, false, false, stream);
-  const bool tensor_cores = gmm_has_tensor_cores(), diagonal = diagonal_path(a.in, tensor_cores);
-  const bool matrix = tensor_cores && matrix_path(a.in, a.prepared_bytes, a.need_x);
-  return launch_backward<float>(a, matrix, diagonal, stream);
+  return a.in.dtype == kFloat64 ? launch_backward<double>(a, paths_of(a), stream)
+                                : launch_backward<float>(a, paths_of(a), stream);
 }
 
 }  // namespace gmk

@@ -23,12 +23,27 @@ inline bool diagonal_path(const GmmInputs& in, bool tensor_cores) {
          in.d <= (tensor_cores ? 128 : 64);
 }
 
+// Sums over rows of a component, with w = grad r: sum w; full, tied: sum w t [d], sum w t_a t_b [a <= b]; diag, spherical:
+// sum w y [d], sum w y^2 [d].
+GMK_HD int64_t statistics_of(const GmmInputs& in) {
+  return in.covariance <= kTied ? 1 + in.d + in.d * (in.d + 1) / 2 : 1 + 2 * in.d;
+}
+// Where sum w t_a t_b is.
+GMK_HD int64_t second_moment_at(int64_t d, int64_t a, int64_t b) {
+  const int64_t low = a < b ? a : b, high = a < b ? b : a;
+  return 1 + d + low * d - low * (low - 1) / 2 + high - low;
+}
+
 bool gmm_has_tensor_cores();  // for tf32: the code that would run on the current device has them
 Status gmm_prepare(const GmmInputs&, float* prepared, bool pull, void* stream);
+Status gmm_row_log_prob(const GmmLogProb&, void* stream);  // gmm_log_prob_cuda on the current device
 Status gmm_matrix_grad_x(const GmmLogProbBackward&, void* stream);
 Status gmm_matrix_statistics(const GmmLogProbBackward&, double* sums, int64_t slabs, bool pull, void* stream);
 Status gmm_diagonal_log_prob(const GmmLogProb&, void* stream);
 Status gmm_diagonal_grad_x(const GmmLogProbBackward&, void* stream);
 Status gmm_diagonal_statistics(const GmmLogProbBackward&, double* sums, int64_t slabs, void* stream);
+
+// a.scratch [slabs][b, k, statistics_of(in)]: the sums of all rows, into its first slab. a.prepared is ready, for need_x.
+Status gmm_row_sums(const GmmLogProbBackward& a, int64_t slabs, void* stream);
 
 }  // namespace gmk

@@ -22,6 +22,12 @@ struct GmmEmStatistics {
   const double* shift;                         // [d]; null: the mean of the mixture
   const double* initial;                       // [b, em_numbers]: what the sums start from; null: 0
   int64_t sample_weight_stride, shift_stride;  // elements to the next mixture; 0: one for all
+  // CUDA only, workspace (ops/gmm_em.py allocates it):
+  double* slab_sums;  // [slabs][b, k, statistics_of(in)]: of slabs of rows
+  double* row_sums;   // [b, groups of kEmGroupRows rows, 2]: log-likelihood, weight
+  void* rows;         // [2][b, n], dtype of x: the rows' log-densities and weights
+  void* prepared;     // as in GmmLogProb
+  int64_t slabs, prepared_bytes;
   GmmInputs in;
 };
 
@@ -54,5 +60,7 @@ struct GmmEmKernels {
 struct GmmMStepKernels {
   Status (*m_step)(const GmmMStep&, int threads);
 };
+
+Status gmm_em_statistics_cuda(const GmmEmStatistics&, int device, void* stream);
 
 }  // namespace gmk

@@ -7,7 +7,7 @@ import torch
 
 from .. import reference
 from .._call import DTYPE_CODE, Kernel, Op, check_floating, check_same_dtype, check_tensor
-from .gmm import GmmArguments, _arguments, _batch, _flat, check_covariance_type
+from .gmm import GmmArguments, _arguments, _batch, _flat, _prepared_bytes, _sums_bytes, check_covariance_type
 
 GMM_EM_ROWS = reference.gmm_em.GROUP_ROWS
 _TYPES = reference.gmm.COVARIANCE_TYPES
@@ -152,7 +152,7 @@ def _statistics_outputs(x, log_weights, means, precisions_cholesky, sample_weigh
     return (x.new_empty((*batch, numbers), dtype=torch.float64), x.new_empty((*batch, d), dtype=torch.float64))
 
 
-_statistics = Kernel("gmm_em_statistics")
+_statistics = Kernel("gmm_em_statistics", scratch=4)
 
 
 def _statistics_launch(outs, x, log_weights, means, precisions_cholesky, sample_weight, shift, initial,
@@ -162,7 +162,22 @@ def _statistics_launch(outs, x, log_weights, means, precisions_cholesky, sample_
     sample_weight, weight_step = (None, 0) if sample_weight is None else _flat(sample_weight, batch, 1)
     shift, shift_step = (None, 0) if shift is None else _flat(shift.double(), batch, 1)
     initial = None if initial is None else initial.contiguous()
-    _statistics(outs, (*ins, sample_weight, shift, initial), *scalars, weight_step, shift_step)
+    scratch, slabs, prepared = (None,) * 4, 0, 0
+    if x.is_cuda or Kernel.backend is not None:
+        scratch, slabs, prepared = _workspace(x, *scalars[1:5], covariance_type)
+    _statistics((*outs, *scratch), (*ins, sample_weight, shift, initial), slabs, prepared, *scalars, weight_step,
+                shift_step)
+
+
+def _workspace(x, b, n, k, d, covariance_type):
+    """Of the CUDA kernels (csrc/gmm/gmm_em.h): four tensors, the number of slabs, the bytes of the last."""
+    sums, prepared = _sums_bytes(b, n, k, d, covariance_type), _prepared_bytes(x, b, n, k, d, covariance_type)
+    one = _sums_bytes(b, 1, k, d, covariance_type)  # slab
+    tensors = (x.new_empty(sums // 8, dtype=torch.float64),
+               x.new_empty(2 * b * -(-n // GMM_EM_ROWS), dtype=torch.float64),
+               x.new_empty(2 * b * n),
+               x.new_empty(prepared, dtype=torch.uint8))
+    return tensors, sums // max(one, 1), prepared
 
 
 _statistics_op = Op(
