@@ -32,18 +32,23 @@ static GmmEmStatistics gmm_em_statistics(Address sums, Address used_shift, Addre
   return a;
 }
 
-static GmmResponsibilities gmm_responsibilities(Address out, Address x, Address log_weights, Address means,
-                                                Address precisions, py::tuple strides, int64_t b, int64_t n, int64_t k,
-                                                int64_t d, int dtype, int covariance) {
+static GmmResponsibilities gmm_responsibilities(Address out, Address log_prob, Address prepared, Address x,
+                                                Address log_weights, Address means, Address precisions,
+                                                int64_t prepared_bytes, py::tuple strides, int64_t b, int64_t n,
+                                                int64_t k, int64_t d, int dtype, int covariance) {
   GmmResponsibilities a{};
   a.out = pointer(out, b * n * k, "out");
+  a.log_prob = optional_pointer(log_prob);
+  a.prepared = pointer(prepared, prepared_bytes, "prepared");
+  a.prepared_bytes = prepared_bytes;
   a.in = gmm_inputs(x, log_weights, means, precisions, strides, b, n, k, d, dtype, covariance);
   return a;
 }
 
 static GmmMStep gmm_m_step(Address weights, Address log_weights, Address means, Address covariances, Address precisions,
-                           Address status, Address sums, Address shift, int64_t b, int64_t k, int64_t d, int covariance,
-                           double reg_covar, int dtype) {
+                           Address status, Address per_component, Address factors, Address sums, Address shift,
+                           int64_t at_a_time, int64_t b, int64_t k, int64_t d, int covariance, double reg_covar,
+                           int dtype) {
   GmmMStep a{};
   const int64_t matrices = b * covariance_numbers(k, d, covariance);
   a.weights = pointer(weights, b * k, "weights");
@@ -52,6 +57,9 @@ static GmmMStep gmm_m_step(Address weights, Address log_weights, Address means, 
   a.covariances = pointer(covariances, matrices, "covariances");
   a.precisions = pointer(precisions, matrices, "precisions_cholesky");
   a.status = pointer<uint8_t>(status, b * k, "status");
+  a.per_component = optional_pointer<double>(per_component);
+  a.factors = optional_pointer<double>(factors);
+  a.at_a_time = at_a_time;
   a.sums = pointer<double>(sums, b * em_numbers(k, d, covariance), "sums");
   a.shift = pointer<double>(shift, b * d, "shift");
   a.b = b;
@@ -66,8 +74,9 @@ static GmmMStep gmm_m_step(Address weights, Address log_weights, Address means, 
 void bind_gmm_em(py::module_& m) {
   bind_op(m, "gmm_em_statistics", gmm_em_statistics, GMK_CPU(gmm_em_kernels().statistics),
           GMK_CUDA(gmm_em_statistics_cuda));
-  bind_op(m, "gmm_responsibilities", gmm_responsibilities, GMK_CPU(gmm_em_kernels().responsibilities), nullptr);
-  bind_op(m, "gmm_m_step", gmm_m_step, GMK_CPU(gmm_m_step_kernels().m_step), nullptr);
+  bind_op(m, "gmm_responsibilities", gmm_responsibilities, GMK_CPU(gmm_em_kernels().responsibilities),
+          GMK_CUDA(gmm_responsibilities_cuda));
+  bind_op(m, "gmm_m_step", gmm_m_step, GMK_CPU(gmm_m_step_kernels().m_step), GMK_CUDA(gmm_m_step_cuda));
 }
 
 }  // namespace gmk

@@ -10,7 +10,7 @@
 namespace gmk {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 128, kTileRows = 16;
 
 // What the sums are about: one thread is one feature of a mixture.
 template <class T>
@@ -151,6 +151,38 @@ __global__ void __launch_bounds__(kThreads) gmm_em_sums_kernel(GmmEmStatistics a
   }
 }
 
+// One thread is one component, and meets the rows of a tile one after the other: neighbours write neighbours.
+template <class T>
+__global__ void __launch_bounds__(kThreads) gmm_responsibilities_kernel(GmmResponsibilities a) {
+  const GmmInputs& in = a.in;
+  const int64_t tiles = (in.n + kTileRows - 1) / kTileRows, groups = (in.k + kThreads - 1) / kThreads;
+  for (int64_t job = blockIdx.x; job < in.b * tiles * groups; job += gridDim.x) {
+    const int64_t b = job / groups / tiles, first = job / groups % tiles * kTileRows;
+    const int64_t c = job % groups * kThreads + threadIdx.x;
+    if (c >= in.k) continue;
+    const Parameters<T> p = parameters<T>(in, b);
+    const T own = constant(p, c);
+    for (int64_t row = first; row < in.n && row < first + kTileRows; ++row) {
+      const Row<T> x = {static_cast<const T*>(in.x) + b * in.x_stride + row * in.d, 1};
+      const int64_t at = b * in.n + row;
+      static_cast<T*>(a.out)[at * in.k + c] = weight(x, p, c, own, T(1), static_cast<const T*>(a.log_prob)[at]);
+    }
+  }
+}
+
+template <class T>
+Status launch_responsibilities(const GmmResponsibilities& a, void* stream) {
+  GmmLogProb forward{};
+  forward.out = a.log_prob;
+  forward.scratch = a.prepared;
+  forward.scratch_bytes = a.prepared_bytes;
+  forward.in = a.in;
+  const Status status = gmm_row_log_prob(forward, stream);
+  if (status) return status;
+  const int64_t jobs = a.in.b * ((a.in.n + kTileRows - 1) / kTileRows) * ((a.in.k + kThreads - 1) / kThreads);
+  return GMK_LAUNCH((gmm_responsibilities_kernel<T>), grid_for(jobs, 1), kThreads, 0, stream, a);
+}
+
 template <class T>
 Status launch(const GmmEmStatistics& a, void* stream) {
   const GmmInputs& in = a.in;
@@ -188,6 +220,13 @@ Status gmm_em_statistics_cuda(const GmmEmStatistics& a, int device, void* stream
   if (a.in.b <= 0) return kOk;
   const DeviceGuard guard(device);
   return a.in.dtype == kFloat64 ? launch<double>(a, stream) : launch<float>(a, stream);
+}
+
+Status gmm_responsibilities_cuda(const GmmResponsibilities& a, int device, void* stream) {
+  if (a.in.b <= 0 || a.in.n <= 0 || a.in.k <= 0) return kOk;
+  const DeviceGuard guard(device);
+  return a.in.dtype == kFloat64 ? launch_responsibilities<double>(a, stream)
+                                : launch_responsibilities<float>(a, stream);
 }
 
 }  // namespace gmk

@@ -32,7 +32,10 @@ struct GmmEmStatistics {
 };
 
 struct GmmResponsibilities {
-  void* out;  // [b, n, k]
+  void* out;       // [b, n, k]
+  void* log_prob;  // [b, n], dtype of x: workspace, CUDA only
+  void* prepared;  // CUDA only: as in GmmLogProb
+  int64_t prepared_bytes;
   GmmInputs in;
 };
 
@@ -51,6 +54,10 @@ struct GmmMStep {
   int covariance;  // CovarianceType
   double reg_covar;
   int dtype;  // DType of the results: float32 or float64
+  // CUDA only, workspace (ops/gmm_em.py allocates it):
+  double* per_component;  // [2][b, k]: what to add to a singular matrix; weights
+  double* factors;        // [matrices at a time][2][d, d]; full and tied
+  int64_t at_a_time;
 };
 
 struct GmmEmKernels {
@@ -62,5 +69,7 @@ struct GmmMStepKernels {
 };
 
 Status gmm_em_statistics_cuda(const GmmEmStatistics&, int device, void* stream);
+Status gmm_responsibilities_cuda(const GmmResponsibilities&, int device, void* stream);
+Status gmm_m_step_cuda(const GmmMStep&, int device, void* stream);
 
 }  // namespace gmk

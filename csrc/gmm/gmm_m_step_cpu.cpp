@@ -21,13 +21,14 @@ Status m_step(const GmmMStep& a, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < a.b; ++b) begin<T>(a, view(a, b), b, ridge.get() + b * ridges);
+    for (int64_t b = 0; b < a.b; ++b) begin<T>(a, view(a, b), b, ridge.get() + b * ridges, OneThread{});
     if (matrix)
 #pragma omp for schedule(dynamic, 1)
       for (int64_t q = 0; q < all; q += n)
         matrices<T>(a, ridge.get(), q, all - q < n ? all - q : n, scratch.get() + omp_get_thread_num() * size);
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < a.b; ++b) finish<T>(a, view(a, b), b, weights.get() + omp_get_thread_num() * k);
+    for (int64_t b = 0; b < a.b; ++b)
+      finish<T>(a, view(a, b), b, weights.get() + omp_get_thread_num() * k, OneThread{});
   }
   return kOk;
 }

@@ -11,6 +11,7 @@ from .gmm import GmmArguments, _arguments, _batch, _flat, _prepared_bytes, _sums
 
 GMM_EM_ROWS = reference.gmm_em.GROUP_ROWS
 _TYPES = reference.gmm.COVARIANCE_TYPES
+_MATRICES = 1056  # CUDA: that are factorised at a time, at most
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -163,10 +164,14 @@ def _statistics_launch(outs, x, log_weights, means, precisions_cholesky, sample_
     shift, shift_step = (None, 0) if shift is None else _flat(shift.double(), batch, 1)
     initial = None if initial is None else initial.contiguous()
     scratch, slabs, prepared = (None,) * 4, 0, 0
-    if x.is_cuda or Kernel.backend is not None:
+    if _on_cuda(x):
         scratch, slabs, prepared = _workspace(x, *scalars[1:5], covariance_type)
     _statistics((*outs, *scratch), (*ins, sample_weight, shift, initial), slabs, prepared, *scalars, weight_step,
                 shift_step)
+
+
+def _on_cuda(t):
+    return t.is_cuda or Kernel.backend is not None
 
 
 def _workspace(x, b, n, k, d, covariance_type):
@@ -264,13 +269,18 @@ def _m_step_outputs(sums, shift, covariance_type, k, reg_covar, dtype, out=None)
             sums.new_empty((*lead, k), dtype=torch.uint8))
 
 
-_m_step = Kernel("gmm_m_step")
+_m_step = Kernel("gmm_m_step", scratch=2)
 
 
 def _m_step_launch(outs, sums, shift, covariance_type, k, reg_covar, dtype):
     b, d = shift.shape[:-1].numel(), shift.shape[-1]
-    _m_step(outs, (sums.contiguous(), shift.contiguous()), b, k, d, _TYPES.index(covariance_type), reg_covar,
-            DTYPE_CODE[dtype])
+    scratch, at_a_time = (None, None), 0
+    if _on_cuda(sums):
+        matrices = {"full": b * k, "tied": b}.get(covariance_type, 0)
+        at_a_time = min(matrices, _MATRICES)
+        scratch = sums.new_empty(2 * b * k), sums.new_empty(2 * at_a_time * d * d)
+    _m_step((*outs, *scratch), (sums.contiguous(), shift.contiguous()), at_a_time, b, k, d,
+            _TYPES.index(covariance_type), reg_covar, DTYPE_CODE[dtype])
 
 
 _m_step_op = Op(
@@ -336,12 +346,16 @@ def _responsibilities_outputs(x, log_weights, means, precisions_cholesky, covari
     return x.new_empty((*batch, x.shape[-2], means.shape[-2]))
 
 
-_responsibilities = Kernel("gmm_responsibilities")
+_responsibilities = Kernel("gmm_responsibilities", scratch=2)
 
 
 def _responsibilities_launch(out, *args):
     ins, scalars = _arguments(*args, out.shape[:-2])
-    _responsibilities((out,), ins, *scalars)
+    scratch, prepared = (None, None), 0
+    if _on_cuda(out):
+        prepared = _prepared_bytes(ins[0], *scalars[1:5], args[4])
+        scratch = out.new_empty(out.shape[:-1].numel()), out.new_empty(prepared, dtype=torch.uint8)
+    _responsibilities((out, *scratch), ins, prepared, *scalars)
 
 
 def _responsibilities_setup(ctx, inputs, output):
