@@ -13,11 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cases
-import no_cuda_kernel
 from gmkernels import ops, reference
 from test_gmm import TYPES, mixture, trailing
-
-device = no_cuda_kernel.device
 
 F32, F64, INF, NAN = torch.float32, torch.float64, math.inf, math.nan
 ROWS = ops.GMM_EM_ROWS
