@@ -95,6 +95,12 @@ static void finish(const GmmLogProbBackward& a, const Layout& s, int64_t b, doub
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t c = 0; c < in.k; ++c) finish_component<T>(a, s, b, c, sums);
   if (!s.tied) return;
+  bool all_left_out = true;
+  for (int64_t c = 0; c < in.k && all_left_out; ++c) all_left_out = left_out<T>(in, b, c);
+  if (all_left_out) {  // 0 times whatever the matrix holds
+    memset((T*)a.grad_precisions + b * in.d * in.d, 0, size_t(in.d * in.d) * sizeof(T));
+    return;
+  }
   double mass = 0;
   for (int64_t c = 0; c < in.k; ++c) mass += sums[c * s.first];
   matrix_gradient((T*)a.grad_precisions + b * in.d * in.d, sums + in.k * s.first, mass,

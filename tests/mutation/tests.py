@@ -127,7 +127,8 @@ class Tests:
                 return
             got = self._ask(self.library, new, [60.0] * len(new), schedule)
             if got["verdict"] != "survived":
-                raise RuntimeError(f"{self.ids[got['test']]} fails without a mutant: {got['verdict']}, {schedule}")
+                test = "a fork" if got["test"] is None else self.ids[got["test"]]
+                raise RuntimeError(f"{test} fails without a mutant: {got['verdict']}, {schedule}")
             for test, s in got["seconds"].items():
                 self.seconds[int(test)] = max(s, self.seconds.get(int(test), 0.01))
             self.passed.update((i, schedule) for i in new)
