@@ -98,7 +98,8 @@ static void finish(const GmmLogProbBackward& a, const Layout& s, int64_t b, doub
   bool all_left_out = true;
   for (int64_t c = 0; c < in.k && all_left_out; ++c) all_left_out = left_out<T>(in, b, c);
   if (all_left_out) {  // 0 times whatever the matrix holds
-    memset((T*)a.grad_precisions + b * in.d * in.d, 0, size_t(in.d * in.d) * sizeof(T));
+    T* const out = (T*)a.grad_precisions + b * in.d * in.d;
+    for (int64_t i = 0; i < in.d * in.d; ++i) out[i] = T(0);
     return;
   }
   double mass = 0;
