@@ -8,15 +8,7 @@ import cases
 from gmkernels import ops
 from gmkernels.ops import gmm as gmm_module
 from test_gmm import F32, F64, INF, NAN, TYPES, check, mixture, oracle, run
-
-
-def threads_of(f):
-    """How many threads the emulator runs in f()."""
-    from simt import backend
-
-    backend.module().counters()
-    f()
-    return backend.module().counters()[0]
+from test_gmm_edges import threads_of
 
 
 def slabs_of(monkeypatch, n, slabs):
