@@ -53,17 +53,29 @@ def test_mixtures_simt():
     cases.close(out.flatten()[at], want, rtol=1e-5, atol=1e-4)
 
 
-def test_rows_simt():
+@pytest.mark.parametrize("covariance_type, parameters", [
+    ("diag", [t[0] for t in mixture(1, 2, 1, "diag")]),
+    ("tied", [torch.zeros(1), torch.ones(1, 1), torch.full((1, 1), 2.0)]),
+], ids=["diag", "tied"])
+def test_rows_simt(covariance_type, parameters):
     n = 2**31 + 2**23
     x, out = huge.periodic((n, 1), FLOAT), huge.empty((n,), FLOAT)
-    parameters = [t[0] for t in mixture(1, 2, 1, "diag")]
     with backend.running(blocks=[-1]):
-        ops.gmm_log_prob(x, *parameters, "diag", out=out)
+        ops.gmm_log_prob(x, *parameters, covariance_type, out=out)
         at = backend.written(out)
     at = torch.cat([at[::997], at[-100:]])
     assert at[-1] >= 2**31
-    want = reference.gmm.gmm_log_prob(x[at].double(), *(t.double() for t in parameters), "diag")
+    want = reference.gmm.gmm_log_prob(x[at].double(), *(t.double() for t in parameters), covariance_type)
     cases.close(out[at], want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("d", [2**23, 2**24])
+def test_features_simt(d):
+    """64 rows of 2^31 and 2^32 bytes: no block takes shared memory for them. The launch alone, no block is run."""
+    x, out = huge.periodic((1, d), FLOAT), huge.empty((1,), FLOAT)
+    with backend.running(blocks=[1]):
+        ops.gmm_log_prob(x, torch.zeros(1), x, x, "diag", out=out)
+        assert len(backend.written(out)) == 0
 
 
 def test_precisions_simt():

@@ -150,74 +150,70 @@ def test_file_is_read_in_blocks(tmp_path, monkeypatch):
     assert (own[0] == 0).all()
 
 
-RESIDENT = """
+MEASURE = """
 import sys, numpy as np, warnings
 warnings.simplefilter("ignore")
 from gmkernels import GaussianMixture
-k = np.eye(4, 16) * 3
 
 
 def kilobytes(name):
     return [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)][0]
 
 
+def resident():
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew: it outlives fork and exec
+    return kilobytes("VmRSS")
+
+
+"""
+RESIDENT = """
+k = np.eye(4, 16) * 3
 start = dict(means_init=k, weights_init=[0.25] * 4, precisions_init=np.ones((4, 16)), covariance_type="diag")
 GaussianMixture(4, **start, max_iter=1).fit(np.random.RandomState(0).randn(300000, 16).astype(np.float32))
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew: it outlives fork and exec
-before = kilobytes("VmRSS")
+before = resident()
 file = np.memmap(sys.argv[1], dtype=np.float32, mode="r", shape=(6_000_000, 16))
 GaussianMixture(4, **start, max_iter=2).fit(file)
-print((kilobytes("VmHWM") - before) / 1024)
 """
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_is_bounded(tmp_path):
-    """A file of 366 MB costs less than 64 MB."""
-    file = np.memmap(tmp_path / "rows", dtype=np.float32, mode="w+", shape=(6_000_000, 16))
-    for i in range(0, len(file), 1_000_000):
-        file[i : i + 1_000_000] = np.random.RandomState(i).randn(1_000_000, 16)
-    file.flush()
-    package = os.path.dirname(os.path.dirname(os.path.dirname(mixture.__file__)))
-    done = subprocess.run([sys.executable, "-c", RESIDENT, tmp_path / "rows"], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": package}, check=True)
-    assert float(done.stdout) < 64, done.stdout
-
-
 IN_MEMORY = """
-import sys, numpy as np, warnings
-warnings.simplefilter("ignore")
-from gmkernels import GaussianMixture
-
-
-def kilobytes(name):
-    return [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)][0]
-
-
 rng = np.random.default_rng(0)
 centres = 30 * rng.normal(size=(64, 16))
 X = np.empty((1_000_000, 16), np.float32)
 for rows in np.split(X, 10):
     rows[:] = centres[rng.integers(0, 64, len(rows))] + rng.standard_normal(rows.shape)
 GaussianMixture(64, covariance_type=sys.argv[1], random_state=0, max_iter=2).fit(X[:20000])
-open("/proc/self/clear_refs", "w").write("5")
-before = kilobytes("VmRSS")
+before = resident()
 GaussianMixture(64, covariance_type=sys.argv[1], random_state=0, max_iter=2).fit(X)
-print((kilobytes("VmHWM") - before) / 1024)
 """
+reads_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+def megabytes(script, argument):
+    """The peak above `before`, which the script sets, in a process of its own."""
+    package = os.path.dirname(os.path.dirname(os.path.dirname(mixture.__file__)))
+    script = f'{MEASURE}{script}print((kilobytes("VmHWM") - before) / 1024)'
+    done = subprocess.run([sys.executable, "-c", script, argument], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": package}, check=True)
+    return float(done.stdout)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@reads_proc
+def test_memory_is_bounded(tmp_path):
+    """A file of 366 MB costs less than 64 MB."""
+    file = np.memmap(tmp_path / "rows", dtype=np.float32, mode="w+", shape=(6_000_000, 16))
+    for i in range(0, len(file), 1_000_000):
+        file[i : i + 1_000_000] = np.random.RandomState(i).randn(1_000_000, 16)
+    file.flush()
+    assert megabytes(RESIDENT, tmp_path / "rows") < 64
+
+
+@pytest.mark.slow
+@reads_proc
 @pytest.mark.parametrize("kind", ["diag", "full"])
 def test_memory_beyond_the_data(kind):
     """k-means, the first M-step and EM: four bytes per row (below the 6.4 that make 64 MB for ten million) and 12 MB
     that do not grow with the rows; the data have 61 MB."""
-    package = os.path.dirname(os.path.dirname(os.path.dirname(mixture.__file__)))
-    done = subprocess.run([sys.executable, "-c", IN_MEMORY, kind], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": package}, check=True)
-    assert float(done.stdout) < 12 + 4 * 1_000_000 / 2**20, done.stdout
+    assert megabytes(IN_MEMORY, kind) < 12 + 4 * 1_000_000 / 2**20
 
 
 # partial_fit ----------------------------------------------------------------------------------------------------------

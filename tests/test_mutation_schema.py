@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from mutation.operators import mutants
-from mutation.schema import PRELUDE, Schema, blamed
+from mutation.schema import NUMBERS, PRELUDE, Schema, blamed
 
 TEXT = """
 struct Point { long x, y; };
@@ -79,7 +79,7 @@ def test_together_as_alone(tmp_path):
                for n, m in enumerate(mutants("f.cu", TEXT), 1) if n in refused)
     plain, _ = built(tmp_path, "plain", TEXT)
     assert [many.f(*i) for i in INPUTS] == [plain.f(*i) for i in INPUTS]
-    alive, differ = (ctypes.c_ubyte * (1 << 14)).in_dll(many, "gmk_mutants_alive"), 0
+    alive, differ = (ctypes.c_ubyte * NUMBERS).in_dll(many, "gmk_mutants_alive"), 0
     for number, m in some:
         one, _ = built(tmp_path, f"m{number}", m.apply(TEXT))
         alive[number] = 1
@@ -94,7 +94,7 @@ def test_together_as_alone(tmp_path):
 def test_marks_say_which_places_are_met(tmp_path):
     schema = Schema(TEXT)
     library, _, _, some, _ = built_of(tmp_path, schema, schema.marked)
-    marks = (ctypes.c_ubyte * (1 << 14)).in_dll(library, "gmk_mutants_seen")
+    marks = (ctypes.c_ubyte * NUMBERS).in_dll(library, "gmk_mutants_seen")
     plain, _ = built(tmp_path, "plain", TEXT)
     seen = {}
     for i in INPUTS:

@@ -47,6 +47,12 @@ static void matrix_gradient(T* out, const double* second, double mass, const T* 
     }
 }
 
+// Of parameters that no row reaches, whatever they hold. There may be none (no features), and no memory for them.
+template <class T>
+static void zero_gradient(void* gradients, int64_t first, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) ((T*)gradients)[first + i] = T(0);
+}
+
 // The statistics of component c, all groups added, into its gradients.
 template <class T>
 static void finish_component(const GmmLogProbBackward& a, const Layout& s, int64_t b, int64_t c, double* sums) {
@@ -58,8 +64,8 @@ static void finish_component(const GmmLogProbBackward& a, const Layout& s, int64
   ((T*)a.grad_log_weights)[b * k + c] = T(first[0]);
   if (left_out<T>(in, b, c)) {
     const int64_t matrix = s.tied ? 0 : covariance_numbers(1, d, in.covariance);
-    memset(grad_mean, 0, size_t(d) * sizeof(T));
-    memset((T*)a.grad_precisions + (b * k + c) * matrix, 0, size_t(matrix) * sizeof(T));
+    zero_gradient<T>(a.grad_means, (b * k + c) * d, d);
+    zero_gradient<T>(a.grad_precisions, (b * k + c) * matrix, matrix);
     return;
   }
   if (s.matrix) {
@@ -95,6 +101,9 @@ static void finish(const GmmLogProbBackward& a, const Layout& s, int64_t b, doub
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t c = 0; c < in.k; ++c) finish_component<T>(a, s, b, c, sums);
   if (!s.tied) return;
+  bool all_left_out = true;
+  for (int64_t c = 0; c < in.k && all_left_out; ++c) all_left_out = left_out<T>(in, b, c);
+  if (all_left_out) return zero_gradient<T>(a.grad_precisions, b * in.d * in.d, in.d * in.d);
   double mass = 0;
   for (int64_t c = 0; c < in.k; ++c) mass += sums[c * s.first];
   matrix_gradient((T*)a.grad_precisions + b * in.d * in.d, sums + in.k * s.first, mass,

@@ -35,7 +35,7 @@ def main(argv=None):
         return 0
     if a.record:
         rows, total = known()
-        write_killers(rows)
+        write_killers(rows, present={m.name for _, m in all_mutants()})
         record(rows, total, survivors.load())
         return 0
     listed = survivors.load()

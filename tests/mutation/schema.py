@@ -21,18 +21,19 @@ _HEADS = {"if", "for", "while", "switch", "constexpr"}
 
 # Declared const: what is alive does not change while a kernel runs, so that it may be read once for a whole loop. Not
 # instrumented: the emulator knows nothing of these variables.
+NUMBERS = 1 << 14  # of mutants of one source, at most
 PRELUDE = """
 extern "C" {
-__attribute__((weak, visibility("default"))) unsigned char gmk_mutants_alive[1 << 14] = {0};
+__attribute__((weak, visibility("default"))) unsigned char gmk_mutants_alive[NUMBERS] = {0};
 __attribute__((weak, visibility("hidden"), noinline, const, no_sanitize("thread"))) int gmk_mutant(int n) {
   return gmk_mutants_alive[n];
 }
-__attribute__((weak, visibility("default"))) unsigned char gmk_mutants_seen[1 << 14] = {0};
+__attribute__((weak, visibility("default"))) unsigned char gmk_mutants_seen[NUMBERS] = {0};
 __attribute__((weak, visibility("hidden"), noinline, no_sanitize("thread"))) void gmk_mutant_seen(int n) {
   gmk_mutants_seen[n] = 1;
 }
 }
-"""
+""".replace("NUMBERS", str(NUMBERS))
 
 
 class Schema:

@@ -127,7 +127,8 @@ class Tests:
                 return
             got = self._ask(self.library, new, [60.0] * len(new), schedule)
             if got["verdict"] != "survived":
-                raise RuntimeError(f"{self.ids[got['test']]} fails without a mutant: {got['verdict']}, {schedule}")
+                test = "a fork" if got["test"] is None else self.ids[got["test"]]
+                raise RuntimeError(f"{test} fails without a mutant: {got['verdict']}, {schedule}")
             for test, s in got["seconds"].items():
                 self.seconds[int(test)] = max(s, self.seconds.get(int(test), 0.01))
             self.passed.update((i, schedule) for i in new)
@@ -140,30 +141,29 @@ class Tests:
             raise RuntimeError(f"{self.ids[got['test']]} fails in a library with marks: {got['verdict']}")
         return {self.ids[int(i)]: numbers for i, numbers in got["seen"].items()}
 
-    def _ordered(self, tests, function):
-        """First those that have noticed most mutants, of this function above all, in the least time."""
+    def _ordered(self, tests, function, first=None):
+        """`first`, if it is there; then those that have noticed most mutants, of this function above all, in the least
+        time."""
 
         def worth(i):
             kills = self.kills.get(("", i), 0) + 20 * self.kills.get((function, i), 0)
             return (kills + 0.3) / (self.seconds[i] + 0.02)
 
-        return sorted(tests, key=worth, reverse=True)
+        first = self.number.get(first)
+        return sorted(tests, key=lambda i: (i == first, worth(i)), reverse=True)
 
     def best(self, names, function, first=None, seconds=float("inf")):
         """These tests, `first` and the best ones first, as many as take so long, but one."""
-        order = [self.ids[i] for i in self._ordered([self.number[n] for n in names], function)]
-        order.sort(key=lambda name: name != first)
-        total = itertools.accumulate(self.seconds[self.number[name]] for name in order)
-        return [name for i, (name, s) in enumerate(zip(order, total, strict=True)) if i == 0 or s <= seconds]
+        order = self._ordered([self.number[n] for n in names], function, first)
+        total = itertools.accumulate(self.seconds[i] for i in order)
+        return [self.ids[i] for place, (i, s) in enumerate(zip(order, total, strict=True)) if not place or s <= seconds]
 
     def run(self, library, schedule=SCHEDULES[0], names=None, function="", alive=None, first=None):
         """The verdict, and the test it is from. `names`: only these tests; `first`: the one to begin with. `alive`: the
         numbers of those that are, in a library of many."""
         tests = range(len(self.ids)) if names is None else [self.number[n] for n in names]
         self.ensure(tests, schedule)
-        order = self._ordered(tests, function)
-        if first in self.number and self.number[first] in order:
-            order.sort(key=lambda i: i != self.number[first])
+        order = self._ordered(tests, function, first)
         got = self._ask(library, order, [3 + 10 * self.seconds[i] for i in order], schedule, alive)
         if got["test"] is None:
             return got["verdict"], None

@@ -97,8 +97,12 @@ def killers(path=KILLERS):
     return found
 
 
-def write_killers(rows, path=KILLERS):
-    by = {}
+def write_killers(rows, path=KILLERS, present=()):
+    """`present`: names of all mutants. Of those that `rows` says nothing of, what the file says stays."""
+    known, by = {row["name"] for row in rows}, {}
+    for name, test in killers(path).items():
+        if name in present and name not in known:
+            by.setdefault(test, []).append(name)
     for row in rows:
         if row["test"]:
             by.setdefault(row["test"], []).append(row["name"])

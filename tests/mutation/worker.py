@@ -24,11 +24,12 @@ import pytest
 import torch
 from _pytest.runner import runtestprotocol
 
+from .schema import NUMBERS
+
 CLOCK, PAGE = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 TICK = 0.2  # seconds between two looks at the children
 MOST_IDLE = 100  # looks at a test that sleeps, and has not computed since the look before: it waits for itself
 MOST_MEMORY = 3 << 30
-MARKS = 1 << 14  # as in schema.py
 
 
 class Worker:
@@ -110,7 +111,7 @@ class Worker:
             out.flush()
             _again(item)
             if marks:
-                ctypes.memset(marks, 0, MARKS)
+                ctypes.memset(marks, 0, NUMBERS)
             reports = runtestprotocol(item, log=False, nextitem=following)
             if any(r.failed for r in reports):
                 out.write(f"failed {self.causes[item]}\n")
@@ -203,7 +204,7 @@ def _cause(error):
 
 
 def _array(library, name):
-    return (ctypes.c_ubyte * MARKS).in_dll(ctypes.CDLL(library), name)
+    return (ctypes.c_ubyte * NUMBERS).in_dll(ctypes.CDLL(library), name)
 
 
 def _use(library):

@@ -5,7 +5,7 @@ import torch
 
 from .. import _patterns, ops
 from .._factors import cholesky_of_precisions, covariances_of
-from ..ops.kmeans import lloyd, local_trials
+from ..ops.kmeans import MAX_ITER, TOL, lloyd, local_trials
 
 _BLOCK = 1 << 20  # numbers of a block of responsibilities
 
@@ -51,7 +51,7 @@ def _responsibilities(estimator, x, weights, random_state):
     centers, index = ops.kmeans_plus_plus(rows, k, sample_weight=w, uniforms=uniforms)
     if how == "k-means++":
         return index.tolist()
-    return lloyd(rows, centers, w, 300, 1e-4)[1]
+    return lloyd(rows, centers, w, MAX_ITER, TOL)[1]
 
 
 def _shares(x, weights, r, k, state):

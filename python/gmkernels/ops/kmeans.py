@@ -195,6 +195,8 @@ def _reference(x, init, sample_weight, max_iter, tol):
     return centers, labels.int(), inertia, n_iter
 
 
+MAX_ITER, TOL = 300, 1e-4  # scikit-learn's
+
 # centers, labels int32, inertia, n_iter
 lloyd = Op(
     "kmeans(Tensor x, Tensor init, Tensor? sample_weight, int max_iter, float tol)"
@@ -206,7 +208,7 @@ lloyd = Op(
 )
 
 
-def kmeans(x, k=None, *, init="k-means++", max_iter=300, tol=1e-4, sample_weight=None, seed=None):
+def kmeans(x, k=None, *, init="k-means++", max_iter=MAX_ITER, tol=TOL, sample_weight=None, seed=None):
     r"""k-means by Lloyd's iteration: centres with a small ``inertia = sum_i weight_i min_j |x_i - c_j|^2``.
 
     Every iteration takes each row to its nearest centre (the first of equals) and each centre to the weighted mean of
