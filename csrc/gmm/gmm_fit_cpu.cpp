@@ -187,11 +187,11 @@ struct Fitter {
     const View v = view(m, 0);
     constexpr int64_t lanes = simd<double>::n;
     const int64_t all = a.covariance == kTied ? 1 : a.k;
-    begin<double>(m, v, 0, ridge);
+    begin<double>(m, v, 0, ridge, OneThread{});
     if (matrix_covariance(a.covariance))
       for (int64_t q = 0; q < all; q += lanes)
         matrices<double>(m, ridge, q, all - q < lanes ? all - q : lanes, matrix_scratch);
-    finish<double>(m, v, 0, heads);
+    finish<double>(m, v, 0, heads, OneThread{});
     bool finite = true;
     for (int64_t c = 0; c < a.k; ++c) {
       finite &= now.status[c] != kNotFinite;

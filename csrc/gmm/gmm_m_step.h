@@ -114,7 +114,8 @@ static void matrices(const GmmMStep& a, const double* ridge, int64_t first, int6
     for (int64_t l = 0; l < count; ++l)
       if (live[l] && !odd[l] && !good[l]) {
         again = singular[l] = true;
-        added[l] = attempt ? 10 * added[l] : ridge[first + l];
+        odd[l] = attempt == kAttempts - 1;
+        if (!odd[l]) added[l] = attempt ? 10 * added[l] : ridge[first + l];
       }
     if (!again) break;
   }

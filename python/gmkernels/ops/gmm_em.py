@@ -317,7 +317,8 @@ def gmm_m_step(stat, covariance_type=None, reg_covar=1e-6, *, dtype=torch.float6
       raises "ill-defined empirical covariance"): 1e-6 of the mean variance (its own or that of the whole mixture,
       whichever is larger; 1e-6 when that is 0) is added to the diagonal, ten times more until it works; "diag" and
       "spherical": it takes the place of the variances that are too small. "tied": every component has this status.
-    - 3, not finite: the statistics have a NaN or an infinity, and so do the parameters.
+    - 3, not finite: the statistics have a NaN or an infinity, or are so large that nothing that is added helps (39
+      times); the precisions are NaN.
 
     Errors: ``ValueError`` for a negative or NaN ``reg_covar``, ``TypeError`` for other dtypes.
 

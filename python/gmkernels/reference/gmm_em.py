@@ -13,6 +13,7 @@ _DEAD = 2.0**-40  # of the total weight
 _TINY = 2.0**-46  # of the second moment: a pivot of the Cholesky factor below it is rounding
 _GOLDEN = 0.6180339887498949  # no two copies are displaced by the same amount
 _RIDGE = 1e-6  # of the mean variance: the first that is tried
+_ATTEMPTS = 40
 
 
 def sizes(k, d, covariance_type):
@@ -200,7 +201,7 @@ def _cholesky(covariance, precision, least, ridge):
         return NOT_FINITE
     state, added = HEALTHY, 0.0
     eye = torch.eye(d).to(covariance)
-    for attempt in range(40):
+    for attempt in range(_ATTEMPTS):
         work, low = covariance + added * eye, torch.zeros_like(covariance)
         fine = True
         for j in range(d):
@@ -212,6 +213,10 @@ def _cholesky(covariance, precision, least, ridge):
             low[j + 1 :, j] = (work[j + 1 :, j] - low[j + 1 :, :j] @ low[j, :j]) / low[j, j]
         if fine:
             break
+        if attempt == _ATTEMPTS - 1:
+            covariance += added * eye
+            precision.fill_(math.nan)
+            return NOT_FINITE
         state, added = SINGULAR, float(ridge) * 10.0**attempt
     covariance += added * eye
     precision.copy_(torch.linalg.solve_triangular(low, eye, upper=False).mT)
