@@ -7,7 +7,7 @@ namespace gmk {
 #ifndef GMK_SIMT
 GMK_ISA_TABLES(DiffusionKernels, diffusion_kernels)
 
-PyMethodDef* diffusion_step_plain_method();  // plain_step.cpp
+PyMethodDef* diffusion_step_plain_method();  // bind_plain.cpp
 
 Status diffusion_step_cpu(const DiffusionStep& a, int threads) {
   return diffusion_kernels().diffusion_step(a, threads);
