@@ -45,6 +45,7 @@ def changed(text, operator):
     ("constant", "x = 16;", {"x = 17;", "x = 15;"}),
     ("constant", "x = 0.5f;", {"x = (2 * 0.5f);"}),
     ("constant", "x = 0x40u;", {"x = 65u;", "x = 0u;"}),
+    ("constant", "x = 0x1p-40;", {"x = (2 * 0x1p-40);"}),
     ("mask", "f(kFullWarp, v);", {"f(0x0000ffffu, v);", "f(0xfffffffeu, v);"}),
     ("drop", "if (a) b();", {"if (false) b();"}),
     ("drop", "for (int i = 0; i < n; ++i) b();", {"for (int i = 0; false; ++i) b();"}),

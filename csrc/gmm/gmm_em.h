@@ -11,7 +11,7 @@ namespace gmk {
 constexpr int64_t kEmGroupRows = 2048;  // summed in the dtype of the accumulators, then added to float64, in order
 
 // Numbers of one mixture's sums: log-likelihood, total weight, nk [k], s1 [k, d], s2.
-static inline int64_t em_numbers(int64_t k, int64_t d, int covariance) {
+GMK_HD int64_t em_numbers(int64_t k, int64_t d, int covariance) {
   return 2 + k + k * d + covariance_numbers(k, d, covariance);
 }
 

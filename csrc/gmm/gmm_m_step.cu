@@ -11,6 +11,7 @@ namespace {
 using namespace m_step;
 
 constexpr int kThreads = 128;
+constexpr int kBlocks = 4;  // of a multiprocessor, at least: without it ptxas spills to stay at 80 registers
 
 struct Block {
   int64_t index = threadIdx.x, size = kThreads;
@@ -18,14 +19,14 @@ struct Block {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) gmm_m_step_begin_kernel(GmmMStep a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gmm_m_step_begin_kernel(GmmMStep a) {
   const int64_t ridges = a.covariance == kTied ? 1 : a.k;
   for (int64_t b = blockIdx.x; b < a.b; b += gridDim.x)
     begin<T>(a, view(a, b), b, a.per_component + b * ridges, Block{});
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) gmm_m_step_finish_kernel(GmmMStep a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gmm_m_step_finish_kernel(GmmMStep a) {
   for (int64_t b = blockIdx.x; b < a.b; b += gridDim.x)
     finish<T>(a, view(a, b), b, a.per_component + (a.b + b) * a.k, Block{});
 }
@@ -78,7 +79,7 @@ GMK_DEV void invert(double* upper, const double* low, int64_t d) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) gmm_m_step_matrix_kernel(GmmMStep a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) gmm_m_step_matrix_kernel(GmmMStep a) {
   GMK_SHARED(odd, int);
   const int64_t d = a.d, dd = d * d;
   const bool tied = a.covariance == kTied;

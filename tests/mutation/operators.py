@@ -223,8 +223,9 @@ def constant(s):
     for i, token in enumerate(s.tokens):
         if token.kind != "number":
             continue
-        digits, suffix = re.fullmatch(r"(0[xX][0-9a-fA-F']+|[\d.']+(?:[eE][-+]?\d+)?)(\w*)", token.text).groups()
-        if re.fullmatch(r"[\d']+|0[xX].*", digits):
+        number = r"(0[xX][\da-fA-F'.]+(?:[pP][-+]?\d+)?|[\d.']+(?:[eE][-+]?\d+)?)(\w*)"
+        digits, suffix = re.fullmatch(number, token.text).groups()
+        if re.fullmatch(r"[\d']+|0[xX][\da-fA-F']+", digits):
             value = int(digits.replace("'", ""), 0)
             news = {0: [1], 1: [0, 2]}.get(value, [value + 1, value - 1])
             if digits[:2] in ("0x", "0X"):
@@ -232,7 +233,8 @@ def constant(s):
                 if token.text.lower().startswith("0xffffffff"):
                     continue  # a shuffle mask: that is another operator
         else:
-            news = ["1.0"] if float(digits) == 0 else [f"(2 * {digits}{suffix})"]
+            value = float.fromhex(digits) if digits[:2] in ("0x", "0X") else float(digits)
+            news = ["1.0"] if value == 0 else [f"(2 * {digits}{suffix})"]
         for new in news:
             new = new if isinstance(new, str) and "(" in new else f"{new}{suffix}"
             yield i, _replace(s, i, i, new), f"{token.text} -> {new}"
