@@ -11,6 +11,7 @@ namespace gmk {
 namespace {
 
 constexpr int kThreads = 128, kTileRows = 16;
+constexpr int kAtLeast = 4;  // blocks of a multiprocessor, at least: without it ptxas spills to stay at 72 registers
 
 // What the sums are about: one thread is one feature of a mixture.
 template <class T>
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(kThreads) gmm_em_sums_kernel(GmmEmStatistics a
 
 // One thread is one component, and meets the rows of a tile one after the other: neighbours write neighbours.
 template <class T>
-__global__ void __launch_bounds__(kThreads) gmm_responsibilities_kernel(GmmResponsibilities a) {
+__global__ void __launch_bounds__(kThreads, kAtLeast) gmm_responsibilities_kernel(GmmResponsibilities a) {
   const GmmInputs& in = a.in;
   const int64_t tiles = (in.n + kTileRows - 1) / kTileRows, groups = (in.k + kThreads - 1) / kThreads;
   for (int64_t job = blockIdx.x; job < in.b * tiles * groups; job += gridDim.x) {

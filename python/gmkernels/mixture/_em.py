@@ -65,11 +65,12 @@ def run(rows, parameters, *, tol, max_iter, reg_covar, lower_bound=-math.inf, re
     fit = Fit(parameters, [], False)
     for n_iter in range(1, max_iter + 1):
         stat = rows.statistics(fit.parameters)
-        before, lower_bound = lower_bound, float(stat.log_likelihood / stat.weight)
-        if not math.isfinite(lower_bound):
-            raise ValueError(NOT_FINITE)
         fit.parameters = ops.gmm_m_step(stat, reg_covar=reg_covar, dtype=rows.dtype)
-        if bool((fit.parameters.status == 3).any()):
+        failed = (fit.parameters.status == 3).any()
+        before = lower_bound
+        # a GPU is waited for here, once
+        lower_bound, failed = torch.stack([stat.log_likelihood / stat.weight, failed.double()]).tolist()
+        if failed or not math.isfinite(lower_bound):
             raise ValueError(NOT_FINITE)
         fit.lower_bounds.append(lower_bound)
         if report:

@@ -217,7 +217,8 @@ def gmm_em_statistics(x, log_weights, means, precisions_cholesky, covariance_typ
     Returns: `GmmStatistics`, float64. Rows are summed in groups of ``GMM_EM_ROWS``, and the groups in order, on any
     number of threads. So the bits do not depend on threads, and a stream of blocks, each a multiple of that many rows
     but for the last, gives the bits of the whole through ``initial``; blocks of exactly that many also through ``+``.
-    (On CUDA slabs of rows take the place of groups: the same bits on every GPU, a stream within rounding.)
+    (On CUDA slabs of rows, which depend on the sizes alone, take the place of groups: the same bits for the same calls
+    on every GPU, a stream and the whole within rounding.)
 
     A row with an infinity (and no NaN), or so far away that every component has density 0, adds ``-inf`` to
     ``log_likelihood``, its weight to ``weight`` and nothing else. A row with a NaN makes ``log_likelihood`` and the
