@@ -8,11 +8,11 @@ GMK_ISA_TABLES(GmmFitKernels, gmm_fit_kernels)
 
 static GmmFit gmm_fit(Address weights, Address log_weights, Address means, Address covariances, Address precisions,
                       Address status, Address recovered, Address log_likelihood, Address iterations, Address converged,
-                      Address x, Address sample_weight, Address seeds, Address responsibilities,
+                      Address workspace, Address x, Address sample_weight, Address seeds, Address responsibilities,
                       Address start_log_weights, Address start_means, Address start_precisions, py::tuple strides,
                       int64_t b, int64_t n, int64_t k, int64_t d, int64_t max_iter, int64_t rounds, int64_t candidates,
                       int64_t n_init, uint64_t seed, int64_t seed_rows, double tol, double reg_covar, int dtype,
-                      int covariance) {
+                      int covariance, int64_t blocks, int64_t block_numbers) {
   GmmFit a{};
   const int64_t matrices = b * covariance_numbers(k, d, covariance);
   a.weights = pointer(weights, b * k, "weights");
@@ -25,6 +25,9 @@ static GmmFit gmm_fit(Address weights, Address log_weights, Address means, Addre
   a.log_likelihood = pointer<double>(log_likelihood, b, "log_likelihood");
   a.iterations = pointer<int64_t>(iterations, b, "n_iter");
   a.converged = pointer<uint8_t>(converged, b, "converged");
+  a.workspace = optional_pointer<double>(workspace);
+  a.blocks = blocks;
+  a.block_numbers = block_numbers;
   a.x = pointer(x, b * n * d, "x");
   a.sample_weight = optional_pointer(sample_weight);
   a.seeds = optional_pointer<int64_t>(seeds);
@@ -55,6 +58,8 @@ static GmmFit gmm_fit(Address weights, Address log_weights, Address means, Addre
   return a;
 }
 
-void bind_gmm_fit(py::module_& m) { bind_op(m, "gmm_fit", gmm_fit, GMK_CPU(gmm_fit_kernels().gmm_fit), nullptr); }
+void bind_gmm_fit(py::module_& m) {
+  bind_op(m, "gmm_fit", gmm_fit, GMK_CPU(gmm_fit_kernels().gmm_fit), GMK_CUDA(gmm_fit_cuda));
+}
 
 }  // namespace gmk

@@ -40,10 +40,22 @@ struct GmmFit {
   double tol, reg_covar;
   int dtype;       // DType of x, weights and parameters: float32 or float64
   int covariance;  // CovarianceType
+  // CUDA only, workspace (ops/gmm_fit.py allocates it):
+  double* workspace;              // [blocks][block_numbers]; null where a block's numbers fit into shared memory
+  int64_t blocks, block_numbers;  // at a time; of one mixture
 };
+
+// Numbers that a mixture needs while a block fits it (gmm_fit.cu).
+static inline int64_t fit_numbers(const GmmFit& a) {
+  const int64_t matrices = covariance_numbers(a.k, a.d, a.covariance);
+  return a.n * (a.d + a.k + 2) + em_numbers(a.k, a.d, a.covariance) + a.k * (a.d + 3) + 2 * a.d * (a.d + 1) +
+         2 * (a.k * (a.d + 4) + 2 * matrices);
+}
 
 struct GmmFitKernels {
   Status (*gmm_fit)(const GmmFit&, int threads);
 };
+
+Status gmm_fit_cuda(const GmmFit&, int device, void* stream);
 
 }  // namespace gmk

@@ -164,13 +164,14 @@ def _statistics_launch(outs, x, log_weights, means, precisions_cholesky, sample_
     shift, shift_step = (None, 0) if shift is None else _flat(shift.double(), batch, 1)
     initial = None if initial is None else initial.contiguous()
     scratch, slabs, prepared = (None,) * 4, 0, 0
-    if _on_cuda(x):
+    if on_cuda(x):
         scratch, slabs, prepared = _workspace(x, *scalars[1:5], covariance_type)
     _statistics((*outs, *scratch), (*ins, sample_weight, shift, initial), slabs, prepared, *scalars, weight_step,
                 shift_step)
 
 
-def _on_cuda(t):
+def on_cuda(t):
+    """Does a CUDA kernel take it, or the emulator's?"""
     return t.is_cuda or Kernel.backend is not None
 
 
@@ -277,7 +278,7 @@ _m_step = Kernel("gmm_m_step", scratch=2)
 def _m_step_launch(outs, sums, shift, covariance_type, k, reg_covar, dtype):
     b, d = shift.shape[:-1].numel(), shift.shape[-1]
     scratch, at_a_time = (None, None), 0
-    if _on_cuda(sums):
+    if on_cuda(sums):
         matrices = {"full": b * k, "tied": b}.get(covariance_type, 0)
         at_a_time = min(matrices, _MATRICES)
         scratch = sums.new_empty(2 * b * k), sums.new_empty(2 * at_a_time * d * d)
@@ -355,7 +356,7 @@ _responsibilities = Kernel("gmm_responsibilities", scratch=2)
 def _responsibilities_launch(out, *args):
     ins, scalars = _arguments(*args, out.shape[:-2])
     scratch, prepared = (None, None), 0
-    if _on_cuda(out):
+    if on_cuda(out):
         prepared = _prepared_bytes(ins[0], *scalars[1:5], args[4])
         scratch = out.new_empty(out.shape[:-1].numel()), out.new_empty(prepared, dtype=torch.uint8)
     _responsibilities((out, *scratch), ins, prepared, *scalars)

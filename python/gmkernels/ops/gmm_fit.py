@@ -18,7 +18,7 @@ from .._call import (
     split_seed,
 )
 from .gmm import _SHAPES, _TRAILING, _TYPES, _flat, check_covariance_type
-from .gmm_em import GmmParameters
+from .gmm_em import GmmParameters, on_cuda
 from .kmeans import local_trials
 
 LLOYD_ROUNDS = {"kmeans": 20, "k-means++": 0}  # of the starts that draw
@@ -80,7 +80,20 @@ def _outputs(x, sample_weight, seeds, responsibilities, log_weights, means, prec
             *(x.new_empty((*batch, *shape), dtype=kind) for shape, kind in kinds))
 
 
-_fit = Kernel("gmm_fit")
+_fit = Kernel("gmm_fit", scratch=1)
+_SHARED_NUMBERS = 5120  # CUDA: float64 numbers of a block's shared memory (csrc/gmm/gmm_fit.cu)
+_BLOCKS, _WORKSPACE = 2112, 1 << 25  # at a time; numbers of them all
+
+
+def _workspace(x, b, n, k, d, covariance_type):
+    """Of the CUDA kernel (csrc/gmm/gmm_fit.h): a tensor, blocks at a time, numbers of a block."""
+    matrices = math.prod(reference.gmm.covariance_shape(covariance_type, k, d))
+    numbers = (n * (d + k + 2) + 2 + sum(reference.gmm_em.sizes(k, d, covariance_type)) + k * (d + 3)
+               + 2 * d * (d + 1) + 2 * (k * (d + 4) + 2 * matrices))
+    if numbers <= _SHARED_NUMBERS:
+        return None, b, numbers
+    blocks = max(1, min(b, _BLOCKS, _WORKSPACE // numbers))
+    return x.new_empty(blocks * numbers, dtype=torch.float64), blocks, numbers
 
 
 def _launch(outs, x, sample_weight, seeds, responsibilities, log_weights, means, precisions_cholesky, k,
@@ -91,9 +104,12 @@ def _launch(outs, x, sample_weight, seeds, responsibilities, log_weights, means,
     flat = [(None, 0) if t is None else _flat(t, batch, last) for t, last in tensors]
     n, d = x.shape[-2:]
     ins = flat[0][0], flat[1][0], None if seeds is None else seeds.contiguous(), *(t for t, _ in flat[2:])
-    _fit(outs, ins, tuple(step for _, step in flat), batch.numel(), n, k, d, max_iter, rounds, candidates, n_init,
+    workspace, blocks, numbers = None, 0, 0
+    if on_cuda(x):
+        workspace, blocks, numbers = _workspace(x, batch.numel(), n, k, d, covariance_type)
+    _fit((*outs, workspace), ins, tuple(step for _, step in flat), batch.numel(), n, k, d, max_iter, rounds, candidates, n_init,
          seed & (2**64 - 1), 1 if seeds is None else seeds.numel(), tol, reg_covar, DTYPE_CODE[x.dtype],
-         _TYPES.index(covariance_type))
+         _TYPES.index(covariance_type), blocks, numbers)
 
 
 _op = Op(
@@ -166,8 +182,8 @@ def gmm_fit(x, k, covariance_type="full", *, sample_weight=None, init="kmeans", 
 
     Returns: `GmmFit`. ``status`` as of `gmm_m_step`, after the last M-step; ``recovered`` counts the M-steps, that of
     the start included, that repaired a dead or singular component. A fit whose numbers overflow is NaN, of status 3.
-    The same bits on any number of threads. No gradient. On CUDA the reference in plain torch runs, one mixture after
-    the other: there is no CUDA kernel yet.
+    The same bits on any number of threads, and on every GPU, where one mixture is one block's (its rows in shared
+    memory where they fit) and the host waits for none. No gradient.
 
     Errors: ``ValueError`` for shapes, fewer rows (of positive weight) than ``k``, ``k=0``, ``d=0``, NaN or infinity in
     ``x`` (torch.compile does not look at values), bad weights and options; ``TypeError`` for dtypes.
