@@ -11,11 +11,8 @@ import pytest
 import torch
 
 import cases
-import no_cuda_kernel
 from gmkernels import _C, ops, reference
 from test_gmm import TYPES
-
-device = no_cuda_kernel.device
 
 F32, F64, INF, NAN = torch.float32, torch.float64, math.inf, math.nan
 FIELDS = [f.name for f in dataclasses.fields(ops.GmmFit) if f.name != "covariance_type"]

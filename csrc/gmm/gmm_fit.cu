@@ -507,9 +507,9 @@ __global__ void __launch_bounds__(kThreads) gmm_fit_kernel(GmmFit a, int shared)
 
 template <class T>
 Status launch(const GmmFit& a, void* stream) {
-  if (a.block_numbers < fit_numbers(a)) return "the workspace is too small";
   const int64_t bytes = a.block_numbers * int64_t(sizeof(double));
-  const bool shared = bytes <= kSharedBytes;
+  const bool shared = !a.workspace;
+  if (a.block_numbers < fit_numbers(a) || (shared && bytes > kSharedBytes)) return "the workspace is too small";
   return GMK_LAUNCH((gmm_fit_kernel<T>), grid_for(shared ? a.b : a.blocks, 1), kThreads, shared ? size_t(bytes) : 0,
                     stream, a, int(shared));
 }
