@@ -107,8 +107,8 @@ def _launch(outs, x, sample_weight, seeds, responsibilities, log_weights, means,
     workspace, blocks, numbers = None, 0, 0
     if on_cuda(x):
         workspace, blocks, numbers = _workspace(x, batch.numel(), n, k, d, covariance_type)
-    _fit((*outs, workspace), ins, tuple(step for _, step in flat), batch.numel(), n, k, d, max_iter, rounds, candidates, n_init,
-         seed & (2**64 - 1), 1 if seeds is None else seeds.numel(), tol, reg_covar, DTYPE_CODE[x.dtype],
+    _fit((*outs, workspace), ins, tuple(step for _, step in flat), batch.numel(), n, k, d, max_iter, rounds, candidates,
+         n_init, seed & (2**64 - 1), 1 if seeds is None else seeds.numel(), tol, reg_covar, DTYPE_CODE[x.dtype],
          _TYPES.index(covariance_type), blocks, numbers)
 
 
