@@ -11,11 +11,11 @@ namespace gmk {
 namespace {
 
 constexpr int kThreads = 128, kTileRows = 16;
-constexpr int kAtLeast = 4;  // blocks of a multiprocessor, at least: without it ptxas spills to stay at 72 registers
+constexpr int kAtLeast = 4;  // blocks of a multiprocessor, at least: else ptxas spills to stay at 40 or 72 registers
 
 // What the sums are about: one thread is one feature of a mixture.
 template <class T>
-__global__ void __launch_bounds__(kThreads) gmm_em_shift_kernel(GmmEmStatistics a) {
+__global__ void __launch_bounds__(kThreads, kAtLeast) gmm_em_shift_kernel(GmmEmStatistics a) {
   const GmmInputs& in = a.in;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < in.b * in.d; i += int64_t(gridDim.x) * kThreads) {
     const int64_t b = i / in.d, f = i % in.d;
