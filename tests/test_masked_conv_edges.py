@@ -49,7 +49,7 @@ def test_as_many_taps_as_a_kernel_takes(device):
     compare(x, weight, bias, backward=False)
 
 
-# what a launch cannot do: the sizes passed are not those of the tensors, which nobody has the memory for -------------
+# what a launch cannot do: the sizes passed are not those of the tensors, which nobody has the memory for --------------
 
 
 def launch(sizes, dtype=FLOAT):
