@@ -18,6 +18,7 @@ from .verdicts import Cache, Present, killers
 OTHER_SCHEDULES = [s for s in SCHEDULES[1:] if ":" not in s]  # for what the first one lets through
 SCHEDULED = {"barrier", "syncwarp", "fence", "wait", "mask"}  # only these can depend on it
 OTHERS = 20  # tests, the best ones: the detector of races needs no luck
+NARROW = 5  # CPU seconds of tests without large indices, for a narrow integer
 FOLDER = Path(os.environ.get("GMK_MUTANTS", ROOT / "build" / "mutants"))
 
 
@@ -159,12 +160,16 @@ class _File:
 
     def unseen(self, m):
         """The tests that it has to meet: all, or those that are newer than its survival."""
-        before, shown = self.cache.rows.get(m.name), self.shown(m)
-        if before and before["verdict"] == "survived" and not self.again and self.present.holds(before):
-            return self.present.unseen(before, shown)
-        return shown
+        return self.present.unseen(self.cache.rows[m.name], self.shown(m)) if self.lived(m) else self.shown(m)
+
+    def lived(self, m):
+        """Has it survived, as far as its source goes? Then it is known that its object code is another one."""
+        before = self.cache.rows.get(m.name)
+        return before and before["verdict"] == "survived" and not self.again and self.present.holds(before)
 
     def verdict(self, builder, m, alive):
+        if alive and self.lived(m) and m.operator not in SCHEDULED:
+            return {"verdict": "survived"}
         hint = self.hint(m)
         shown = self.unseen(m)
         builder.plant(self.path, m.apply(self.text))
@@ -186,6 +191,8 @@ class _File:
                         return {"verdict": verdict, "test": test}
                 if changed:
                     names = self.reach(shown, changed)
+                    if m.operator == "narrow" and not self.few:
+                        names = self.wide(names, m)
                     verdict, test = self.tests.run(library, SCHEDULES[0], names, m.function)
                     if test:
                         return {"verdict": verdict, "test": test}
@@ -205,6 +212,12 @@ class _File:
         """The tests that a mutant meets: those of many gigabytes only if it may lose the high half of an index."""
         huge = m.operator == "narrow" or ">> 32" in self.lines[m.line - 1]
         return [t for t in self.tests.ids if huge or "_huge.py::" not in t]
+
+    def wide(self, names, m):
+        """The tests with large indices, and the best of the others: little else can tell the width of an integer."""
+        self.tests.ensure([self.tests.number[t] for t in names], SCHEDULES[0])
+        small = [t for t in names if "_huge.py::" not in t]
+        return [t for t in names if t not in small] + self.tests.best(small, m.function, self.hint(m), NARROW)
 
     def reach(self, names, changed):
         """Those of the tests that call a kernel in one of the changed objects."""
