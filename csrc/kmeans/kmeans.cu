@@ -63,7 +63,7 @@ GMK_DEV void add_rows(double* sums, const int* label, const T* weight, int rows,
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) kmeans_assign_kernel(KmeansLloyd a, Tiles t, int pass) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) kmeans_assign_kernel(KmeansLloyd a, Tiles t, int pass) {
   GMK_DYN_SHARED(bytes);
   GMK_SHARED(closest, T[kThreads]);
   GMK_SHARED(label, int[kThreads]);

@@ -15,6 +15,8 @@ Status kmeans_move(const KmeansLloyd&, int64_t iteration, void* stream);  // cou
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
+template <class T>
+constexpr int kBlocks = sizeof(T) == 4 ? 3 : 2;  // of a multiprocessor, at least
 constexpr int kCenters = 8;  // that one read of x serves; their numbers lie side by side
 
 template <class T>

@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads) kmeans_spread_kernel(KmeansLloyd a, 
 }
 
 // The squared shift that ends a data set: tol times the mean variance.
-__global__ void __launch_bounds__(kThreads) kmeans_enough_kernel(KmeansLloyd a) {
+__global__ void __launch_bounds__(kThreads, 2) kmeans_enough_kernel(KmeansLloyd a) {
   GMK_SHARED(parts, double[kWarps]);
   const int64_t d = a.in.d;
   for (int64_t b = blockIdx.x; b < a.in.b; b += gridDim.x) {

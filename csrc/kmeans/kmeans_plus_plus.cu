@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) kmeans_first_kernel(KmeansPlusPlus a
 // Centre c's candidates. The points are the centre before (the first one for c = 0, which has no candidates) and then the
 // candidates.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) kmeans_look_kernel(KmeansPlusPlus a, int64_t c) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) kmeans_look_kernel(KmeansPlusPlus a, int64_t c) {
   constexpr int kStride = kThreads + 1;
   GMK_SHARED(tile, T[kFeatures<T> * kStride]);
   GMK_SHARED(points, T[kFeatures<T> * kCenters]);
