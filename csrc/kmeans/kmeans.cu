@@ -23,7 +23,7 @@ struct Tiles {
   int groups;                   // of kCenters centres at a time
   int copies;                   // of the sums; 0: they lie in the slab's part of the workspace
   int64_t slab;                 // rows of a slab
-  int centers_at, x_at, bytes;  // in shared memory: sums, centres, x
+  int centers_at, x_at, bytes;  // in shared memory: sums, centres, x; 58 KB at most with the static arrays (sm_75: 64)
 };
 
 template <class T>
@@ -55,6 +55,7 @@ GMK_DEV void add_rows(double* sums, const int* label, const T* weight, int rows,
   for (int64_t item = threadIdx.x; item < copies * (d + 1); item += kThreads) {
     const int64_t copy = item / (d + 1), f = item % (d + 1);
     double* const own = sums + copy * k * (d + 1) + f;
+#pragma unroll 1  // each waits for the one before
     for (int r = int(copy); r < rows; r += copies) {
       const double w = double(weight[r]);
       if (w != 0) own[label[r] * (d + 1)] += f == d ? w : w * double(value(r, f));
@@ -88,7 +89,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) kmeans_assign_kernel(Kme
       double* const sums = t.copies ? shared_sums : slab;
       for (int64_t i = threadIdx.x; i < (t.copies ? t.copies : 1) * count; i += kThreads) sums[i] = 0;
     }
-    double inertia = 0, changed = 0;
+    double inertia = 0;
+    int changed = 0;
     for (int64_t first = begin; first < end; first += t.rows) {
       const int rows = int(end - first < t.rows ? end - first : t.rows);
       T least = T(HUGE_VAL), sum[kCenters];
@@ -105,6 +107,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) kmeans_assign_kernel(Kme
             for (int g = int(threadIdx.x) / 32; g < staged; g += kWarps) {
               const T* const from = grouped + ((g0 + g) * d + f0) * kCenters;
               T* const to = centers + g * t.features * kCenters;
+#pragma unroll 2
               for (int i = int(threadIdx.x) % 32 * n; i < width * kCenters; i += 32 * n)
                 store_pack(to + i, load_pack<T, n>(from + i));
             }
@@ -153,14 +156,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) kmeans_assign_kernel(Kme
       }
     }
     inertia = block_sum(inertia, parts);
-    changed = block_sum(changed, parts);
+    const double all_changed = block_sum(double(changed), parts);
     if (t.copies && pass != kLast)
       for (int64_t i = threadIdx.x; i < count; i += kThreads) {
         double sum = 0;
         for (int copy = 0; copy < t.copies; ++copy) sum += shared_sums[copy * count + i];
         slab[i] = sum;
       }
-    if (threadIdx.x < 2) slab[count + threadIdx.x] = threadIdx.x ? changed : inertia;
+    if (threadIdx.x < 2) slab[count + threadIdx.x] = threadIdx.x ? all_changed : inertia;
   }
 }
 

@@ -17,7 +17,7 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 template <class T>
 constexpr int kBlocks = sizeof(T) == 4 ? 3 : 2;  // of a multiprocessor, at least
-constexpr int kCenters = 8;  // that one read of x serves; their numbers lie side by side
+constexpr int kCenters = 8;                      // that one read of x serves; their numbers lie side by side
 
 template <class T>
 GMK_DEV const T* rows_of(const KmeansInputs& in, int64_t b) {

@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) kmeans_look_kernel(Kmean
 // Centre c is the candidate that leaves least, the first of equals; then the candidates for the centre behind it, a block
 // for each. looked: kmeans_look_kernel has seen centre c's (else there is one).
 template <class T>
-__global__ void __launch_bounds__(kThreads) kmeans_draw_kernel(KmeansPlusPlus a, int64_t c, int looked) {
+__global__ void __launch_bounds__(kThreads, 2) kmeans_draw_kernel(KmeansPlusPlus a, int64_t c, int looked) {
   GMK_SHARED(parts, double[kThreads + kWarps]);
   const KmeansInputs& in = a.in;
   const int64_t n = in.n, k = in.k, d = in.d, groups = groups_of(in), draws = c + 1 < k ? a.trials : 1;
