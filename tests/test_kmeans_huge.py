@@ -1,5 +1,5 @@
-"""k-means past 2^31, in the emulator: the last rows, by the last block of each launch. The launches are called without the
-ops, which would look at every number first."""
+"""k-means past 2^31, in the emulator: the last rows, by the last block of each launch. The launches are called without
+the ops, which would look at every number first."""
 
 import pytest
 import torch
