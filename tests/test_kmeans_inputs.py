@@ -10,7 +10,6 @@ from gmkernels import ops
 from gmkernels.ops.kmeans import local_trials
 from kmeans_cases import F32, F64, clusters, uniforms_of, weights_of
 
-device = no_cuda_kernel.device
 same_threads = no_cuda_kernel.same_threads
 
 # data sets, memory ----------------------------------------------------------------------------------------------------

@@ -93,6 +93,20 @@ class DeviceGuard {
 #endif
 };
 
+// One number of device memory as it is when all that the stream was given before is done: the host waits for that.
+inline Status wait_for(int64_t* number, const int64_t* device, void* stream) {
+#ifdef GMK_SIMT
+  (void)stream;
+  *number = *device;
+  return kOk;
+#else
+  cudaError_t error =
+      cudaMemcpyAsync(number, device, sizeof *number, cudaMemcpyDeviceToHost, static_cast<cudaStream_t>(stream));
+  if (!error) error = cudaStreamSynchronize(static_cast<cudaStream_t>(stream));
+  return error ? cudaGetErrorString(error) : kOk;
+#endif
+}
+
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 // Blocks of `threads` for `items`, one each, but no more than a large GPU keeps busy: kernels stride over the rest.

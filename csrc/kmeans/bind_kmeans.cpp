@@ -22,10 +22,15 @@ static KmeansInputs kmeans_inputs(Address x, Address sample_weight, py::tuple st
   return in;
 }
 
-static KmeansLloyd kmeans(Address centers, Address labels, Address inertia, Address n_iter, Address x, Address init,
-                          Address sample_weight, py::tuple strides, int64_t b, int64_t n, int64_t k, int64_t d,
-                          int dtype, int64_t max_iter, double tol) {
+static KmeansLloyd kmeans(Address centers, Address labels, Address inertia, Address n_iter, Address slab_sums,
+                          Address grouped, Address state, Address x, Address init, Address sample_weight, int64_t slabs,
+                          py::tuple strides, int64_t b, int64_t n, int64_t k, int64_t d, int dtype, int64_t max_iter,
+                          double tol) {
   KmeansLloyd a{};
+  a.slab_sums = pointer<double>(slab_sums, slabs * b, "slab_sums");
+  a.grouped = pointer(grouped, slabs * b * d, "grouped");
+  a.state = pointer<KmeansState>(state, slabs, "state");
+  a.slabs = slabs;
   a.centers = pointer(centers, b * k * d, "centers");
   a.labels = pointer<int32_t>(labels, b * n, "labels");
   a.inertia = pointer<double>(inertia, b, "inertia");
@@ -38,10 +43,14 @@ static KmeansLloyd kmeans(Address centers, Address labels, Address inertia, Addr
   return a;
 }
 
-static KmeansPlusPlus kmeans_plus_plus(Address centers, Address indices, Address x, Address uniforms,
-                                       Address sample_weight, py::tuple strides, int64_t b, int64_t n, int64_t k,
-                                       int64_t d, int dtype, int64_t trials) {
+static KmeansPlusPlus kmeans_plus_plus(Address centers, Address indices, Address closest, Address left,
+                                       Address candidates, Address x, Address uniforms, Address sample_weight,
+                                       py::tuple strides, int64_t b, int64_t n, int64_t k, int64_t d, int dtype,
+                                       int64_t trials) {
   KmeansPlusPlus a{};
+  a.closest = optional_pointer(closest);
+  a.left = optional_pointer<double>(left);
+  a.candidates = optional_pointer<int64_t>(candidates);
   a.centers = pointer(centers, b * k * d, "centers");
   a.indices = pointer<int64_t>(indices, b * k, "indices");
   a.uniforms = pointer<double>(uniforms, b * (1 + (k - 1) * trials), "uniforms");
@@ -52,8 +61,9 @@ static KmeansPlusPlus kmeans_plus_plus(Address centers, Address indices, Address
 }
 
 void bind_kmeans(py::module_& m) {
-  bind_op(m, "kmeans", kmeans, GMK_CPU(kmeans_kernels().lloyd), nullptr);
-  bind_op(m, "kmeans_plus_plus", kmeans_plus_plus, GMK_CPU(kmeans_start_kernels().plus_plus), nullptr);
+  bind_op(m, "kmeans", kmeans, GMK_CPU(kmeans_kernels().lloyd), GMK_CUDA(kmeans_cuda));
+  bind_op(m, "kmeans_plus_plus", kmeans_plus_plus, GMK_CPU(kmeans_start_kernels().plus_plus),
+          GMK_CUDA(kmeans_plus_plus_cuda));
 }
 
 }  // namespace gmk

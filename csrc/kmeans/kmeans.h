@@ -24,6 +24,15 @@ struct KmeansPlusPlus {
   int64_t uniforms_stride;
   int64_t trials;  // candidates for every centre but the first
   KmeansInputs in;
+  // Workspace of CUDA.
+  void* closest;        // [b, n], dtype of x: squared distance to the nearest centre so far
+  double* left;         // [b, 1 + trials, groups of rows]: their sums, as they are and with each candidate
+  int64_t* candidates;  // [2, b, trials]: rows; the next centre's and this one's
+};
+
+struct KmeansState {    // of one data set, on CUDA
+  double enough;        // squared shift that ends it
+  int64_t done, fresh;  // no more iterations; do labels and inertia belong to the centres?
 };
 
 struct KmeansLloyd {
@@ -36,7 +45,19 @@ struct KmeansLloyd {
   int64_t max_iter;
   double tol;  // of the squared shift of all centres, in units of the mean variance of the features
   KmeansInputs in;
+  // Workspace of CUDA.
+  double* slab_sums;   // [slabs, b, kmeans_slab_numbers]
+  void* grouped;       // [b, groups of 8 centres, d, 8]: the centres, as the kernels read them
+  KmeansState* state;  // [b + 1]; the last counts those that are done
+  int64_t slabs;
 };
+
+// Sums of a slab of rows: per centre those of the features and of the weights, inertia, rows with a new label. Before the
+// first iteration: of the features and their squares, and of the weights.
+GMK_HD int64_t kmeans_slab_numbers(int64_t k, int64_t d) {
+  const int64_t numbers = k * (d + 1) + 2, spread = 2 * d + 1;
+  return numbers > spread ? numbers : spread;
+}
 
 struct KmeansStartKernels {
   Status (*plus_plus)(const KmeansPlusPlus&, int threads);
@@ -44,5 +65,9 @@ struct KmeansStartKernels {
 struct KmeansKernels {
   Status (*lloyd)(const KmeansLloyd&, int threads);
 };
+
+// Every pointer is to device memory.
+Status kmeans_cuda(const KmeansLloyd&, int device, void* stream);
+Status kmeans_plus_plus_cuda(const KmeansPlusPlus&, int device, void* stream);
 
 }  // namespace gmk

@@ -67,6 +67,9 @@ ASKED = (
     Asked(r"gmm_matrix_statistics_kernel<\d+>", {MMA_TF32: 30, COPY_128: 1, LOAD_128: 1}, since=80),
     Asked(r"gmm_diagonal_(log_prob|statistics)_kernel", {LOAD_128: 1, r"LDS\.(U\.)?128": 8}),
     Asked(r"gmm_diagonal_grad_x_kernel", {LOAD_128: 1, STORE_128: 1, r"LDS\.(U\.)?128": 8}),
+    # eight centres or points for one number of x: two reads at one address per warp, float64 four
+    Asked(r"kmeans_(assign|look)_kernel<.*>", {r"LDS\.(U\.)?128": 4}),
+    Asked(r"kmeans_assign_kernel<.*>", {LOAD_128: 1, r"STS\.128": 1}),
     # a chunk: two steps of V / 2 x 8 tiles, three products each in float32; image and weight by cp.async
     Asked(r"masked_conv2d_(kernel|products_kernel)<float, \d, \d, (true|false)>", {MMA_TF32: 96}, since=80),
     Asked(r"masked_conv2d_(kernel|products_kernel)<bf16, \d, \d, (true|false)>", {MMA_BF16: 64}, since=80),

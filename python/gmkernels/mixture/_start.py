@@ -46,12 +46,12 @@ def _responsibilities(estimator, x, weights, random_state):
         w = None if weights is None else weights.cpu().numpy().astype(np.float64)
         index = random_state.choice(n, size=k, replace=False, p=None if w is None else w / w.sum())
         return np.asarray(index).tolist()
-    rows, w = x.cpu(), None if weights is None else weights.cpu()  # no CUDA kernel yet
-    uniforms = torch.from_numpy(random_state.random_sample(1 + (k - 1) * local_trials(k)))
+    rows, w = (t if t is None or t.is_cuda else t.cpu() for t in (x, weights))
+    uniforms = torch.from_numpy(random_state.random_sample(1 + (k - 1) * local_trials(k))).to(rows.device)
     centers, index = ops.kmeans_plus_plus(rows, k, sample_weight=w, uniforms=uniforms)
     if how == "k-means++":
         return index.tolist()
-    return lloyd(rows, centers, w, MAX_ITER, TOL)[1]
+    return lloyd(rows, centers, w, MAX_ITER, TOL)[1].cpu()
 
 
 def _shares(x, weights, r, k, state):

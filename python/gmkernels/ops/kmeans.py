@@ -75,6 +75,36 @@ def _rows(x, sample_weight, other, trailing, batch):
     return (x, other, sample_weight), ((x_step, weight_step, step), batch.numel(), x.shape[-2])
 
 
+# Workspace of the CUDA kernels (csrc/kmeans/kmeans.h): what depends on sizes only gives the same bits on every GPU.
+_GROUP_ROWS = 2048
+_SLAB_ROWS, _MOST_SLABS, _SLAB_BYTES = (256, 512), 1056, 256 << 20  # few or many sums
+_FEW_SUMS = 2048  # they lie in shared memory
+
+
+def _on_cuda(t):
+    return t.is_cuda or Kernel.backend is not None
+
+
+def _slabs(b, n, k, d):
+    """Slabs of rows that are summed apart, and the sums of one."""
+    numbers = max(k * (d + 1) + 2, 2 * d + 1)
+    rows = _SLAB_ROWS[numbers > _FEW_SUMS]
+    return max(1, min(-(-n // rows), -(-_MOST_SLABS // b), _SLAB_BYTES // (8 * b * numbers))), numbers
+
+
+def _plus_plus_workspace(x, b, n, trials):
+    groups = -(-n // _GROUP_ROWS)
+    return (x.new_empty(b * n), x.new_empty(b * (1 + trials) * groups, dtype=torch.float64),
+            x.new_empty(2 * b * trials, dtype=torch.int64))
+
+
+def _workspace(x, b, n, k, d):
+    slabs, numbers = _slabs(b, n, k, d)
+    tensors = (x.new_empty(slabs * b * numbers, dtype=torch.float64), x.new_empty(b * -(-k // 8) * 8 * d),
+               x.new_empty(3 * (b + 1), dtype=torch.int64))
+    return tensors, slabs
+
+
 # k-means++ -----------------------------------------------------------------------------------------------------------
 
 
@@ -83,13 +113,15 @@ def _plus_plus_outputs(x, uniforms, sample_weight, k, trials, out=None):
     return x.new_empty((*batch, k, x.shape[-1])), x.new_empty((*batch, k), dtype=torch.int64)
 
 
-_plus_plus = Kernel("kmeans_plus_plus")
+_plus_plus = Kernel("kmeans_plus_plus", scratch=3)
 
 
 def _plus_plus_launch(outs, x, uniforms, sample_weight, k, trials):
     _check_values(sample_weight, uniforms, x=x)
     ins, scalars = _rows(x, sample_weight, uniforms, 1, outs[1].shape[:-1])
-    _plus_plus(outs, ins, *scalars, k, x.shape[-1], DTYPE_CODE[x.dtype], trials)
+    b, n = scalars[1:]
+    scratch = _plus_plus_workspace(x, b, n, trials) if b and _on_cuda(x) else (None,) * 3
+    _plus_plus((*outs, *scratch), ins, *scalars, k, x.shape[-1], DTYPE_CODE[x.dtype], trials)
 
 
 def _plus_plus_reference(x, uniforms, sample_weight, k, trials):
@@ -129,11 +161,11 @@ def kmeans_plus_plus(x, k, *, sample_weight=None, n_local_trials=None, seed=None
             in order. ``np.random.RandomState(s).random_sample(...)`` gives scikit-learn's choice for
             ``random_state=s``, but for the rounding of its distances.
 
-    x and sample_weight have one dtype, float32 or float64. CUDA tensors run the reference in plain torch: there is no
-    CUDA kernel yet.
+    x and sample_weight have one dtype, float32 or float64.
 
     Returns: ``(centers [..., k, d], indices [..., k] int64)``, without gradients: the same bits on any number of
-    threads.
+    threads, and on every GPU. CPU and CUDA add in other orders: they choose the same rows unless a draw falls on the
+    edge between two, within rounding.
 
     Errors: ``ValueError`` for shapes, k below 1 or above n, values that are not finite or whose squares overflow, and
     weights as above; ``TypeError`` for dtypes.
@@ -180,13 +212,16 @@ def _outputs(x, init, sample_weight, max_iter, tol, out=None):
             x.new_empty(batch, dtype=torch.float64), x.new_empty(batch, dtype=torch.int64))
 
 
-_kmeans = Kernel("kmeans")
+_kmeans = Kernel("kmeans", scratch=3)
 
 
 def _launch(outs, x, init, sample_weight, max_iter, tol):
     _check_values(sample_weight, x=x, init=init)
     ins, scalars = _rows(x, sample_weight, init, 2, outs[2].shape)
-    _kmeans(outs, ins, *scalars, *init.shape[-2:], DTYPE_CODE[x.dtype], max_iter, tol)
+    scratch, slabs = (None,) * 3, 0
+    if outs[2].numel() and _on_cuda(x):
+        scratch, slabs = _workspace(x, *scalars[1:], *init.shape[-2:])
+    _kmeans((*outs, *scratch), ins, slabs, *scalars, *init.shape[-2:], DTYPE_CODE[x.dtype], max_iter, tol)
 
 
 def _reference(x, init, sample_weight, max_iter, tol):
@@ -227,12 +262,12 @@ def kmeans(x, k=None, *, init="k-means++", max_iter=MAX_ITER, tol=TOL, sample_we
             nowhere, it only has a label.
         seed: of ``init="k-means++"``.
 
-    x, init and sample_weight have one dtype, float32 or float64. CUDA tensors run the reference in plain torch: there
-    is no CUDA kernel yet.
+    x, init and sample_weight have one dtype, float32 or float64.
 
     Returns: `KMeansResult` ``(centers, labels, inertia, n_iter)``, without gradients. Distances are sums of squared
-    differences in the dtype of x, sums over rows float64 in groups of 2048 rows added in order: the same bits on any
-    number of threads.
+    differences in the dtype of x, feature after feature. Sums over rows are float64, in groups of 2048 rows added in
+    order: the same bits on any number of threads. On CUDA slabs of rows, whose number depends on sizes only, take the
+    place of the groups: the same bits on every GPU, those of the CPU within rounding.
 
     Errors: ``ValueError`` for shapes, k below 1 or above n, values that are not finite or whose squares overflow,
     weights, ``max_iter`` and ``tol`` as above; ``TypeError`` for dtypes.
