@@ -11,23 +11,24 @@ from test_masked_conv_cuda import check_sum
 
 backend = pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
 huge = backend.huge
-BF16 = torch.bfloat16
+DOUBLE, BF16 = torch.float64, torch.bfloat16
 
 
 @pytest.mark.parametrize("b, h, w", [(1, 2**16, 2**15 + 129), (2**31 + 2**23 + 1, 1, 1)], ids=["one image", "many"])
 def test_pixels_simt(b, h, w):
+    """In as many groups as a grid can have."""
     groups, pixels = 65535, b * h * w
-    x, grad = (huge.periodic((b, 1, h, w), BF16, seed) for seed in (1, 2))
-    workspace, weight, bias = torch.empty(groups, 2, 1), torch.empty(1, 1, 1, 1, dtype=BF16), torch.empty(1, dtype=BF16)
+    x, grad = (huge.periodic((b, 1, h, w), DOUBLE, seed) for seed in (1, 2))
+    weight, bias, workspace = (torch.empty(n, dtype=DOUBLE) for n in (1, 1, 2 * groups))
     with backend.running(blocks=[-1]):
         module._weight((weight, bias, workspace), (grad, x), [b, 1, 1, h, w], [0], [1, 1, 1, 1], groups, [False] * 2,
-                       module.DTYPE_CODE[BF16])
+                       module.DTYPE_CODE[DOUBLE])
         assert backend.written(workspace).tolist() == [2 * groups - 2, 2 * groups - 1]
     first = pixels * (groups - 1) // groups
     assert first >= 2**31
-    x, grad = (t.view(-1)[first:].double() for t in (x, grad))
-    check_sum(workspace[-1, 0], (x * grad).sum(), (x * grad).abs().sum())
-    check_sum(workspace[-1, 1], grad.sum(), grad.abs().sum())
+    x, grad = (t.view(-1)[first:] for t in (x, grad))
+    check_sum(workspace[-2], (x * grad).sum(), (x * grad).abs().sum())
+    check_sum(workspace[-1], grad.sum(), grad.abs().sum())
 
 
 def test_pairs_of_a_tap_and_a_channel_simt():
