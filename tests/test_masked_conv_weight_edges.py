@@ -102,6 +102,23 @@ def test_without_the_gradient_for_the_bias_in_the_emulator(device, dtype):
     check([weight, None], grad, x)
 
 
+def test_the_last_group_costs_what_the_first_costs_in_the_emulator(device):
+    """64 groups of ten pixels."""
+    if not device.simt:
+        pytest.skip("of the emulator")
+    grad, x = factors(1, 1, 1, 1, 640, BF16, device)
+    weight, bias, workspace = torch.empty(3, dtype=BF16), torch.empty(1, dtype=BF16), torch.empty(64, 2, 1)
+    costs = []
+    for block in (0, 63):
+        with emulator().running(blocks=[block]) as simt:
+            simt.counters()
+            module._weight((weight, bias, workspace), (grad, x), [1, 1, 1, 1, 640], [1], [1, 3, 1, 1], 64, [False] * 2,
+                           module.DTYPE_CODE[BF16])
+            costs.append(simt.counters()[1])
+    first, last = costs
+    assert 0 < last <= first
+
+
 # what a launch cannot do: the sizes passed are not those of the tensors, which nobody has the memory for --------------
 
 NOWHERE = 2**62  # no block
