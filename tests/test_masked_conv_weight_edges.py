@@ -43,10 +43,11 @@ def check(got, grad, x):
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, F16], ids=str)
-@pytest.mark.parametrize("c_in, c_out", [(8, 16), (64, 8)], ids=str)
-def test_many_chunks_of_two_factors_in_channels_last(device, dtype, c_in, c_out):
+@pytest.mark.parametrize("c_in, c_out, w", [(8, 16, 0), (64, 8, 2)], ids=["wide", "tall"])
+def test_many_chunks_of_two_factors_in_channels_last(device, dtype, c_in, c_out, w):
     """Both come by asynchronous copies, in more chunks (16 or 32 pixels) than are under way; the last is not full."""
-    grad, x = factors(2, c_in, c_out, 1, 39 if dtype is FLOAT else 85, dtype, device, nhwc=True)
+    pixels = 38 if dtype is FLOAT else 86
+    grad, x = factors(2, c_in, c_out, pixels // w if w else 1, w or pixels, dtype, device, nhwc=True)
     assert module._nhwc(grad) and module._nhwc(x)
     check(gradient(grad, x), grad, x)
 
@@ -71,10 +72,33 @@ def test_weights_that_a_block_has_several_turns_of(device):
 
 def test_magnitudes_that_count_as_infinite(device):
     """documented: above 3.4011e38, in float32"""
-    grad, x = torch.full((1, 1, 1, 1), 0.25), torch.tensor([torch.finfo(FLOAT).max, 1.0]).view(1, 2, 1, 1)
+    most = torch.tensor(3.4011e38)
+    values = [most, most.nextafter(torch.tensor(math.inf)), torch.tensor(torch.finfo(FLOAT).max)]
+    grad, x = torch.full((1, 1, 1, 1), 0.25), torch.stack([*values, *(-v for v in values)]).view(1, 6, 1, 1)
     for factor, other in ((grad, x), (x, grad)):
         weight, _ = gradient(factor.to(device.torch), other.to(device.torch), [1])
-        assert weight[..., 1].isfinite().flatten().tolist() == [False, True]
+        assert weight[..., 1].isfinite().flatten().tolist() == 2 * [True, False, False]
+
+
+def test_products_lose_what_is_documented(device):
+    """At most 2^-21 (conv_tile.cuh) and the rounding of the result, whatever the bits that tf32 has not."""
+    low = torch.tensor([0, 1, 0xFFE, 0xFFF, 0x1000, 0x1001, 0x1FFE, 0x1FFF, 0x2FFF, 0x3FFF])
+    values = ((0x3F800000 + low).int().view(FLOAT) * torch.tensor([[1.0], [-1.0]])).flatten()
+    x = values.view(1, -1, 1, 1).to(device.torch)
+    weight = gradient(x, x, [1])[0][:, :, 0, 1].cpu().double()
+    want = values.double().outer(values.double())
+    assert ((weight - want).abs() <= (2**-21 + 2**-23) * want.abs()).all()
+
+
+def test_every_misaligned_image(device):
+    """Of 16 bytes a pixel: two, four ... bytes past an aligned address."""
+    grad, x = factors(1, 8, 8, 1, 2, BF16, device, nhwc=True)
+    memory = torch.zeros(64, dtype=BF16, device=device.torch)
+    want = gradient(grad, x)
+    for offset in range(32):
+        moved = memory[offset : offset + 16].view(1, 1, 2, 8).permute(0, 3, 1, 2)
+        moved.copy_(x)
+        assert module._nhwc(moved) and all(torch.equal(g, r) for g, r in zip(gradient(grad, moved), want, strict=True))
 
 
 def test_an_old_gpu_has_no_magnitudes_that_count_as_infinite(device):
@@ -149,10 +173,11 @@ launches = pytest.mark.usefixtures("_one_device")
 
 
 @launches
+@pytest.mark.parametrize("side", [0x7FFF0000, 2**31, 2**32 + 1], ids=hex)
 @pytest.mark.parametrize("which", [3, 4, 1, 2], ids=["h", "w", "c_in", "c_out"])
-def test_largest_side_in_the_emulator(which):
+def test_sides_that_are_too_large_in_the_emulator(which, side):
     sizes = [0, 1, 1, 1, 1]
-    sizes[which] = 0x7FFF0000
+    sizes[which] = side
     with pytest.raises(RuntimeError, match="a side or a number of channels near 2"):
         launch(sizes)
 

@@ -1,6 +1,6 @@
-"""The gradient for the weight where there are more than 2^31 pixels, or pairs of a tap and an input channel: the last
-block of each launch, in the emulator. The launch is called without the op, which would give a block too many pixels,
-and allocate what huge.empty only reserves."""
+"""The gradient for the weight where there are more than 2^31 pixels, or pairs of a tap and an input channel, and images
+that are as large: the last block of each launch, in the emulator. The launch is called without the op, which would give
+a block too many pixels, and allocate what huge.empty only reserves."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ import torch
 import cases
 from gmkernels.ops import masked_conv as module
 from test_masked_conv_cuda import check_sum
+from test_masked_conv_huge import indices
 
 backend = pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
 huge = backend.huge
@@ -44,3 +45,20 @@ def test_pairs_of_a_tap_and_a_channel_simt():
     assert at[0] >= 2**31 and at[-1] == rows - 1
     got, g = workspace.view(-1)[at].double(), grad.double().item()
     assert torch.equal(got[:-1], x.view(-1)[at[:-1] - c_in].double() * g) and got[-1] == g
+
+
+def test_images_of_more_than_two_to_the_31_pixels_simt():
+    """Forward: two images, and a dilation by which the last row sees the first."""
+    h, w = 2**16, 2**15 + 129
+    x, weight = huge.periodic((2, 1, h, w), BF16, seed=1), cases.data(1, 1, 3, 1, dtype=BF16, seed=2)
+    out = huge.empty((2, 1, h, w), BF16)
+    with backend.running(blocks=[0, 1, -1]):  # 0 and 1: all of the kernel that packs the weights
+        module._convolve(out, x, weight, None, None, [0, 1], (h - 1, 1), module._PLAIN)
+        at = backend.written(out)
+    i, _, y, column = indices(out, at, False)
+    last = y == h - 1
+    assert at[-1] == out.numel() - 1 and last.any()
+    i, y, column, at = (t[last] for t in (i, y, column, at))
+    first_row, own = (x[i, 0, r, column].double() for r in (torch.zeros_like(y), y))
+    want = first_row * weight[0, 0, 0, 0].double() + own * weight[0, 0, 1, 0].double()
+    cases.close(out.view(-1)[at], want, rtol=1e-2, atol=1e-2)
