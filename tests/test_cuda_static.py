@@ -40,6 +40,13 @@ def test_growth_and_another_kernel_set_are_reported():
         assert any(part in line for line in said)
 
 
+def test_static_shared_memory_leaves_room_for_what_a_launch_asks_for():
+    numbers = {"registers": 32, "stack": 0, "spills": 0, "shared": check.STATIC_SHARED}
+    assert list(check.static_shared("90", {"a": numbers})) == []
+    (line,) = check.static_shared("90", {"a": numbers | {"shared": check.STATIC_SHARED + 4}})
+    assert line.startswith("sm_90 a: 8196 bytes of static shared memory")
+
+
 def test_disassembly_rules():
     name = "philox_fill_kernel<float>"
     assert list(check.disassembly("90", {name: ["STG.E.128", "LDG.E", "FFMA"]})) == []

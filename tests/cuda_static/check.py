@@ -7,7 +7,8 @@
 Every csrc/*/*.cu is compiled for each generation with warnings as errors. Then
   - registers, stack, spills and static shared memory of each kernel must not be more than in budget.json, and the
     kernels must be those in budget.json: a change there is a diff to look at, not an accident;
-  - no kernel may spill or have a stack frame, but those in LOCAL below, with the reason;
+  - no kernel may spill or have a stack frame, but those in LOCAL below, with the reason, nor more static shared memory
+    than STATIC_SHARED, which counts with what a launch asks for;
   - the disassembly must hold the instructions of ASKED below, and no local-memory access (LDL, STL) outside LOCAL.
 cuobjdump and nvdisasm are not part of every CUDA install: else those of this Python's packages are taken (torch for
 CUDA brings triton, which has them), else NVIDIA's wheels, 6 MB, downloaded once to build/cuda_static. Where none can be
@@ -35,6 +36,7 @@ BUILD = ROOT / "build/cuda_static"
 BUDGET = HERE / "budget.json"
 WHEELS = ("nvidia-cuda-cuobjdump==13.4.92", "nvidia-cuda-nvdisasm==13.5.37")
 ARCHS = ("75", "80", "90", "100", "120")
+STATIC_SHARED = 8 << 10  # bytes, at most
 
 # Kernels that may have local memory, and why. A pattern of the name as budget.json writes it.
 LOCAL = {}
@@ -101,7 +103,7 @@ def main():
           f"sm_{', sm_'.join(archs)}, {time.monotonic() - start:.0f} s")
 
     version = re.search(r"release (\d+)\.", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
-    wrong = [line for arch in archs for line in local_memory(arch, found[arch])]
+    wrong = [line for arch in archs for look in (local_memory, static_shared) for line in look(arch, found[arch])]
     if not args.no_sass:
         tool = cuobjdump()
         if tool is None:
@@ -177,6 +179,13 @@ def local_memory(arch, kernels):
     for name, numbers in kernels.items():
         if (numbers["stack"] or numbers["spills"]) and not allowed_local(name):
             yield f"sm_{arch} {name}: {numbers['stack']} bytes of stack, {numbers['spills']} of spills"
+
+
+def static_shared(arch, kernels):
+    for name, numbers in kernels.items():
+        if numbers["shared"] > STATIC_SHARED:
+            yield (f"sm_{arch} {name}: {numbers['shared']} bytes of static shared memory, {STATIC_SHARED} are what"
+                   " launch_kernel (csrc/cuda/prims.cuh) leaves room for")
 
 
 def cuobjdump():
