@@ -225,3 +225,22 @@ def test_x_of_matrices_at_an_odd_address(device):
 def test_one_step_more_than_whole_chunks(device):
     """Three components of three steps: the last one comes alone."""
     check(mixture(3, 17, 3, "full", F32, device.torch), "full")
+
+
+def test_seven_tiles_of_features(device):
+    """Chunks of 8 of the 14 steps of a component: the largest is the fourth, over the end of the second component."""
+    check(mixture(2, 56, 3, "full", F32, device.torch), "full")
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
+@pytest.mark.parametrize("covariance_type", ["full", "diag"])
+def test_left_out_because_of_the_first_feature(device, covariance_type, dtype):
+    """Its zero on the diagonal counts, not the NaN that follow."""
+    x, lw, means, p = mixture(3, 3, 2, covariance_type, dtype, device.torch)
+    p[0] = NAN
+    p[(0, 0, 0)[: p.dim()]] = 0
+    ones = torch.ones(3, dtype=dtype, device=device.torch)
+    lp, grads = run([x, lw, means, p], covariance_type, ones)
+    want, wanted = run([x, lw[1:], means[1:], p[1:]], covariance_type, ones)
+    assert torch.equal(lp, want) and torch.equal(grads[0], wanted[0])
+    assert all((g[0] == 0).all() for g in grads[1:])

@@ -53,6 +53,23 @@ def test_nan_and_infinity_in_one_row(device, dtype, covariance_type):
     assert lp[:2].isnan().all() and lp[2] == -INF and lp[3].isfinite()
 
 
+@pytest.mark.parametrize("covariance_type", ["full", "diag"])
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
+def test_nan_in_every_feature_alone(device, dtype, covariance_type):
+    x, lw, means, p = mixture(10, 9, 2, covariance_type, dtype, device.torch)
+    x[range(9), range(9)] = NAN
+    lp = ops.gmm_log_prob(x, lw, means, p, covariance_type)
+    assert lp[:9].isnan().all() and lp[9].isfinite()
+
+
+@pytest.mark.parametrize("d, k", [(8, 17), (24, 11)])
+def test_one_step_more_than_whole_chunks(device, d, k):
+    """The prepared parameters come eight steps at a time: 17 and 33 of them."""
+    args = mixture(3, d, k, "full", F32, device.torch)
+    lp = ops.gmm_log_prob(*args, "full")
+    cases.close(lp, ops.gmm_log_prob(*(t.double() for t in args), "full"), rtol=2e-6, atol=2e-5)
+
+
 @pytest.mark.parametrize("d", [3, 9])
 @pytest.mark.parametrize("covariance_type", ["full", "diag"])
 def test_infinite_rows_where_parameters_are_nan(device, covariance_type, d):

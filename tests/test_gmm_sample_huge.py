@@ -65,6 +65,22 @@ def test_components_simt():
     assert (cdf[c] > u).all() and (cdf[c - 1] <= u).all()
 
 
+def test_precisions_simt():
+    """k d d past 2^31, and the last component drawn alone."""
+    d = 16
+    k = 2**31 // d**2 + 8
+    x, c = torch.empty(2, d).double(), torch.empty(2, dtype=torch.int64)
+    means, p = huge.periodic((k, d), torch.float64), huge.periodic((k, d, d), torch.float64)
+    cdf = torch.zeros(k, dtype=torch.float64)
+    cdf[-1] = 1.0
+    with backend.running():
+        _sample_launch((x, c), means, p, cdf, None, 2, SEED, "full")
+    assert (c == k - 1).all()
+    z = normals(torch.arange(2 * d)).view(2, d)
+    want = means[-1] + torch.linalg.solve_triangular(p[-1].triu(), z, upper=True, left=False)
+    cases.close(x, want, rtol=1e-4)
+
+
 def test_seeds_simt():
     """A row of each of b mixtures, every one with its own seed."""
     b = 2**31 + 2**23

@@ -1,5 +1,6 @@
 """Mutants against tests: who notices what."""
 
+import fcntl
 import hashlib
 import os
 import threading
@@ -39,6 +40,11 @@ def run(family="", sample=0, seed=0, jobs=2, operator="", names=(), again=False,
         drawn = set(draw([m.name for _, m in chosen], sample, seed))
         chosen = [(p, m) for p, m in chosen if m.name in drawn]
     cache = Cache(FOLDER / "verdicts.jsonl")
+    lock = open(FOLDER / "lock", "w")  # held until the process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise SystemExit(f"another run of mutants is at work in {FOLDER}; GMK_MUTANTS names another folder") from error
     rows, began = [], time.monotonic()
     by_path = {}
     for path, m in chosen:
@@ -66,7 +72,7 @@ def known():
     """What earlier runs have found out about the present sources and tests: rows; and how many mutants there are."""
     cache, rows, total = Cache(FOLDER / "verdicts.jsonl"), [], 0
     for path in sources():
-        builder = Builder(FOLDER / "0")
+        builder = Builder(FOLDER / "known")  # a folder of its own: a run may be at work in the others
         builder.plant(None, None)
         present = Present(path, builder, families_of(path, builder))
         some = list(mutants(path.name, path.read_text()))

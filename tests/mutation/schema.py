@@ -19,9 +19,10 @@ _STOPS = {";", ",", "{", "}", "?", ":"}
 _PLACE = re.compile(r"([^\s:,]+):(\d+):\d+:\s+(error|required|note)")
 _HEADS = {"if", "for", "while", "switch", "constexpr"}
 
+NUMBERS = 1 << 14  # of mutants of one source, at most
+
 # Declared const: what is alive does not change while a kernel runs, so that it may be read once for a whole loop. Not
 # instrumented: the emulator knows nothing of these variables.
-NUMBERS = 1 << 14  # of mutants of one source, at most
 PRELUDE = """
 extern "C" {
 __attribute__((weak, visibility("default"))) unsigned char gmk_mutants_alive[NUMBERS] = {0};
