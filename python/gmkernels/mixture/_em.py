@@ -1,5 +1,6 @@
 """Expectation maximisation over rows in memory and over streams."""
 
+import collections
 import dataclasses
 import math
 
@@ -13,7 +14,7 @@ class Memory:
     """Rows in memory. Those that lack entries are grouped by pattern once; those without any entry count nowhere."""
 
     def __init__(self, x, weights):
-        self.dtype = x.dtype
+        self.dtype, self.ahead = x.dtype, int(x.is_cuda)
         self.x, self.weights, self.patterns, self.pattern_weights = x, weights, None, None
         if bool(x.sum().isfinite()):  # no NaN
             self.x = x.contiguous()
@@ -37,6 +38,8 @@ class Memory:
 
 class Blocks:
     """A stream of rows: every E-step reads it from the start."""
+
+    ahead = 0  # reading it once in vain costs more than waiting
 
     def __init__(self, stream):
         self.stream, self.dtype = stream, stream.dtype
@@ -63,13 +66,9 @@ class Fit:
 def run(rows, parameters, *, tol, max_iter, reg_covar, lower_bound=-math.inf, report=None, callback=None):
     """EM from ``parameters`` until the mean log-likelihood changes by less than tol: scikit-learn's loop."""
     fit = Fit(parameters, [], False)
-    for n_iter in range(1, max_iter + 1):
-        stat = rows.statistics(fit.parameters)
-        fit.parameters = ops.gmm_m_step(stat, reg_covar=reg_covar, dtype=rows.dtype)
-        failed = (fit.parameters.status == 3).any()
+    for n_iter, (fit.parameters, numbers) in enumerate(_iterations(rows, parameters, reg_covar, max_iter), 1):
         before = lower_bound
-        # a GPU is waited for here, once
-        lower_bound, failed = torch.stack([stat.log_likelihood / stat.weight, failed.double()]).tolist()
+        lower_bound, failed = numbers()
         if failed or not math.isfinite(lower_bound):
             raise ValueError(NOT_FINITE)
         fit.lower_bounds.append(lower_bound)
@@ -82,6 +81,37 @@ def run(rows, parameters, *, tol, max_iter, reg_covar, lower_bound=-math.inf, re
         if fit.stopped:
             break
     return fit
+
+
+def _iterations(rows, parameters, reg_covar, max_iter):
+    """Of each iteration: parameters, and a function that waits for its mean log-likelihood and whether it failed.
+
+    A GPU is given rows.ahead iterations more before that, so that it has work while the host decides whether to go on;
+    if not, nobody asks for theirs.
+    """
+    begun = collections.deque()
+    for _ in range(max_iter):
+        stat = rows.statistics(parameters)
+        parameters = ops.gmm_m_step(stat, reg_covar=reg_covar, dtype=rows.dtype)
+        failed = (parameters.status == 3).any()
+        begun.append((parameters, _reader(torch.stack([stat.log_likelihood / stat.weight, failed.double()]))))
+        if len(begun) > rows.ahead:
+            yield begun.popleft()
+    yield from begun
+
+
+def _reader(numbers):
+    """A function that waits for these numbers, and not for what the GPU is given after them."""
+    if not numbers.is_cuda:
+        return numbers.tolist
+    copy, done = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record(torch.cuda.current_stream(numbers.device))
+
+    def read():
+        done.synchronize()
+        return copy.tolist()
+
+    return read
 
 
 NOT_FINITE = ("Fitting the mixture model failed because the likelihood is not finite: the values of X are too large for"

@@ -133,6 +133,8 @@ class Ranks:
 class Shared:
     """The rows of all ranks: an E-step is one of every rank and one all-reduce."""
 
+    ahead = 0
+
     def __init__(self, rows, ranks):
         self.rows, self.dtype, self._ranks = rows, rows.dtype, ranks
 
