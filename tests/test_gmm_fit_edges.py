@@ -177,5 +177,5 @@ def test_workspace_too_small_in_the_emulator():
     outs = module._outputs(x, None, None, None, None, None, None, 2, "full", 1, 0, 2, 1, 0, 1e-3, 1e-6)
     for numbers in (module._workspace(x, 1, 20, 2, 3, "full")[2] - 1, module._SHARED_NUMBERS + 1):
         with backend.running(), pytest.raises(RuntimeError, match="the workspace is too small"):
-            module._fit((*outs, None), (x, *[None] * 6), (60, 0, 0, 0, 0, 0), 1, 20, 2, 3, 1, 0, 2, 1, 0, 1, 1e-3, 1e-6, 0,
-                        0, 1, numbers)
+            module._fit((*outs, None), (x, *[None] * 6), (60, 0, 0, 0, 0, 0), 1, 20, 2, 3, 1, 0, 2, 1, 0, 1, 1e-3, 1e-6,
+                        0, 0, 1, numbers)
