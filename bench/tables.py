@@ -4,7 +4,8 @@
     (generated)
     <!-- bench:end -->
 
-NAME is an op, or `goals` (every row that has one), or `environment`; with " cuda" behind it, of a GPU run.
+NAME is an op, or `summary` (a line per row that has goals), or `goals` (a line each), or `environment`; with " cuda"
+behind it, of a GPU run.
 
     python -m gmkernels.bench.tables            rewrite
     python -m gmkernels.bench.tables --check    exit 1 where a table is not what the results say
@@ -48,7 +49,7 @@ def generate(name, stored):
     if device not in NONE:
         raise BadMarker(f"`{name}`: the device must be cpu or cuda")
     stored = [r for r in stored if r["environment"]["device"].split(":")[0] == device]
-    if what in ("goals", "environment"):  # of a whole run, if there is one
+    if what in ("summary", "goals", "environment"):  # of a whole run, if there is one
         whole = [r for r in stored if not r["environment"]["ops"]] or stored
     else:
         whole = [r for r in stored if any(row["op"] == what for row in r["rows"])]
@@ -59,7 +60,7 @@ def generate(name, stored):
     result = whole[0]
     if what == "environment":
         return "```\n" + "\n".join(describe(result["environment"])) + "\n```\n"
-    table = _goals(result) if what == "goals" else _op(what, result)
+    table = {"goals": _goals, "summary": _summary}.get(what, lambda result: _op(what, result))(result)
     return "\n".join([_caption(result), "", *table]) + "\n"
 
 
@@ -96,6 +97,25 @@ def _rival(entry):
         return "failed" if "error" in entry else entry["absent"]
     equal = " (=)" * (entry["ratio"]["p25"] <= 1.0 <= entry["ratio"]["p75"])
     return f"{entry['ratio']['median']:.2f}x{equal}"
+
+
+def _summary(result):
+    lines = _header("op", "case", "ours", "fastest rival", "of the ceiling", "goals reached")
+    for row in result["rows"]:
+        if not row.get("goals"):
+            continue
+        cells = [f"`{row['op']}`", report.label(row, result["environment"]["threads"])]
+        verdicts = [report.verdict(goal) for goal in row["goals"]]
+        reached = f"{sum(v.startswith('yes') for v in verdicts)} of {len(verdicts)}"
+        if "ours" not in row:
+            lines.append(_cells(*cells, "failed", "", "", reached))
+            continue
+        fastest = row.get("fastest")
+        lines.append(_cells(
+            *cells, report.seconds(row["ours"]["median"]),
+            f"{fastest} {_rival(row['rivals'][fastest])}" if fastest else "",
+            f"{row['share']['median']:.0%} {row['bound']}" if "share" in row else "", reached))
+    return lines
 
 
 def _goals(result):

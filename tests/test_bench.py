@@ -453,6 +453,17 @@ def test_tables_take_the_newest_result(checkout, result):
     assert tables.generate("goals", []) == tables.NONE["cpu"] + "\n"
 
 
+def test_the_summary_has_a_line_per_row_with_goals(result):
+    table = tables.generate("summary", [result | {"file": "m-abc.json"}])
+    with_goals = [row for row in result["rows"] if row.get("goals")]
+    assert table.count("| `") == len(with_goals) > 0
+    for row in with_goals:
+        (line,) = [line for line in table.splitlines() if f"`{row['op']}` | {row['name']}" in line]
+        reached = sum(bool(goal["reached"]) for goal in row["goals"])
+        assert line.endswith(f"| {reached} of {len(row['goals'])} |")
+        assert "ours" not in row or f"| {row['fastest']} " in line
+
+
 def test_prose_about_markers_is_left_alone(checkout):
     text = "between `<!-- bench:begin NAME -->` and `<!-- bench:end -->`\n"
     assert tables.rewrite(text, []) == text

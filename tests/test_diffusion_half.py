@@ -64,3 +64,11 @@ def test_every_number_comes_back(device, dtype):
     x = x[~x.isnan()].to(device.torch)
     c = torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0], device=device.torch)
     same_bits(ops.diffusion_step(x, x.neg(), c).cpu(), torch.where(x == 0, x.abs(), x).cpu())
+
+
+def test_infinity_stays_infinity_when_scaled(device):
+    """Not the 65536 that its bits would be of a larger exponent."""
+    x = torch.tensor([torch.inf, -torch.inf, 1.0], device=device.torch).half()
+    c = torch.tensor([0.25, 0.25, 1.0, 0.25, 0.0, 0.0, 0.0, 0.0], device=device.torch)
+    out = ops.diffusion_step(x, x, c)
+    assert torch.equal(out, 0.75 * x)

@@ -194,6 +194,19 @@ def test_mma(name, by_shuffles):
     torch.testing.assert_close(got, (a.double() @ b.double() + c.double()).float(), rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("by_shuffles", [False, True])
+def test_mma_tf32_does_not_see_the_lower_13_bits(by_shuffles):
+    generator, outs = torch.Generator().manual_seed(0), []
+    a, b = torch.randn(16, 8, generator=generator), torch.randn(8, 8, generator=generator)
+    for lower in (0, 0x1FFF):
+        words = [((v.view(torch.int32) & ~0x1FFF) | lower).view(torch.float32) for v in (a, b)]
+        x, out = fragments(*words, torch.zeros(16, 8)).flatten(), torch.empty(128)
+        with backend.running():
+            backend._call.Kernel.backend("bug", (out, None), (x, None), (0, 128, "mma_tf32", by_shuffles))
+        outs.append(out)
+    assert outs[0].count_nonzero() == 128 and torch.equal(*outs)
+
+
 # running() itself ----------------------------------------------------------------------------------------------------
 
 
