@@ -9,13 +9,11 @@ from sklearn.cluster import KMeans, kmeans_plusplus
 from sklearn.datasets import load_breast_cancer, load_iris, load_wine
 
 import cases
-import no_cuda_kernel
 from gmkernels import _C, GaussianMixture, ops, reference
 from gmkernels.ops.kmeans import local_trials
 from kmeans_cases import F32, F64, clusters, uniforms_of, weights_of
 from mixture_data import quiet, rows
-
-same_threads = no_cuda_kernel.same_threads
+from same_threads import same_threads  # noqa: F401  (a fixture)
 
 # n, d, k: around the words of every instruction set, the blocks of 4 centres, the groups of 2048 rows
 SHAPES = [(1, 1, 1), (5, 3, 5), (33, 2, 3), (70, 17, 4), (131, 16, 7), (300, 5, 33), (2049, 3, 6), (4100, 9, 13)]

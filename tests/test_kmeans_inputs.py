@@ -5,12 +5,10 @@ import warnings
 import pytest
 import torch
 
-import no_cuda_kernel
 from gmkernels import ops
 from gmkernels.ops.kmeans import local_trials
 from kmeans_cases import F32, F64, clusters, uniforms_of, weights_of
-
-same_threads = no_cuda_kernel.same_threads
+from same_threads import same_threads  # noqa: F401  (a fixture)
 
 # data sets, memory ----------------------------------------------------------------------------------------------------
 

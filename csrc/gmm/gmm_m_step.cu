@@ -1,7 +1,7 @@
-// The M-step (gmm_m_step_parts.h, and the matrices of full and tied in gmm_m_step.cuh), so that an iteration of EM needs nothing of the
-// host. A block is a mixture, or a matrix: its Cholesky factor column by column, then the inverse, a thread a row. float64.
-// Bound: d^3 / 3 multiply-adds per component, and the d steps that wait for each other: small beside the E-step of many
-// rows.
+// The M-step (gmm_m_step_parts.h, and the matrices of full and tied in gmm_m_step.cuh), so that an iteration of EM needs
+// nothing of the host. A block is a mixture, or a matrix: its Cholesky factor column by column, then the inverse, a thread
+// a row. float64. Bound: d^3 / 3 multiply-adds per component, and the d steps that wait for each other: small beside the
+// E-step of many rows.
 #include "gmm/gmm_m_step.cuh"
 
 namespace gmk {

@@ -1,8 +1,8 @@
-// Greedy k-means++: two kernels per centre, and nothing of the host between them. kmeans_look_kernel, one pass over the rows:
-// distances are brought up to date with the centre before, and summed per group of rows and candidate as they would be.
-// kmeans_draw_kernel: the best candidate, and the next ones, a block for each, from those sums: the group of rows first, then
-// the row. No atomics; sums in orders that follow from sizes. Bound: reading x once per centre, or (trials + 1) d
-// subtract-multiply-adds per row.
+// Greedy k-means++: two kernels per centre, and nothing of the host between them. kmeans_look_kernel, one pass over the
+// rows: distances are brought up to date with the centre before, and summed per group of rows and candidate as they
+// would be. kmeans_draw_kernel: the best candidate, and the next ones, a block for each, from those sums: the group of
+// rows first, then the row. No atomics; sums in orders that follow from sizes. Bound: reading x once per centre, or
+// (trials + 1) d subtract-multiply-adds per row.
 #include "kmeans/kmeans_cuda.cuh"
 
 namespace gmk {
@@ -10,6 +10,8 @@ namespace {
 
 template <class T>
 constexpr int kFeatures = 64 / int(sizeof(T));  // in shared memory at a time
+constexpr int kStride = kThreads + 1;           // from one of them to the next
+constexpr size_t kTileBytes = 64 * kStride;
 
 GMK_DEV int64_t groups_of(const KmeansInputs& in) { return (in.n + kKmeansGroupRows - 1) / kKmeansGroupRows; }
 
@@ -75,10 +77,10 @@ __global__ void __launch_bounds__(kThreads) kmeans_first_kernel(KmeansPlusPlus a
 // candidates.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>) kmeans_look_kernel(KmeansPlusPlus a, int64_t c) {
-  constexpr int kStride = kThreads + 1;
-  GMK_SHARED(tile, T[kFeatures<T> * kStride]);
+  GMK_DYN_SHARED(bytes);
   GMK_SHARED(points, T[kFeatures<T> * kCenters]);
   GMK_SHARED(parts, double[kWarps * kCenters]);
+  T* const tile = reinterpret_cast<T*>(bytes);
   const KmeansInputs& in = a.in;
   const int64_t d = in.d, groups = groups_of(in), count = c ? 1 + a.trials : 1;
   for (int64_t job = blockIdx.x; job < in.b * groups; job += gridDim.x) {
@@ -191,7 +193,7 @@ Status launch(const KmeansPlusPlus& a, void* stream) {
   Status status = GMK_LAUNCH((kmeans_first_kernel<T>), grid_for(in.b, 1), kThreads, 0, stream, a);
   for (int64_t c = 0; !status && c < in.k && in.k > 1; ++c) {
     const int look = c + 1 < in.k || a.trials > 1;
-    if (look) status = GMK_LAUNCH((kmeans_look_kernel<T>), looks, kThreads, 0, stream, a, c);
+    if (look) status = GMK_LAUNCH((kmeans_look_kernel<T>), looks, kThreads, kTileBytes, stream, a, c);
     const unsigned draws = grid_for(in.b * (c + 1 < in.k ? a.trials : 1), 1);
     if (!status) status = GMK_LAUNCH((kmeans_draw_kernel<T>), draws, kThreads, 0, stream, a, c, look);
   }
