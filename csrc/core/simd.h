@@ -167,6 +167,43 @@ GMK_INLINE vdouble vsqrt(vdouble x) {
   for (int l = 0; l < simd<double>::n; ++l) x[l] = __builtin_sqrt(x[l]);
   return x;
 }
+// Is a comparison true in some lane?
+template <class I>
+GMK_INLINE bool any(I condition) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)condition, (__m512i)condition) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)condition, (__m256i)condition);
+#else
+  const vlong words = (vlong)condition;
+  int64_t some = 0;
+  for (int l = 0; l < simd<double>::n; ++l) some |= words[l];
+  return some != 0;
+#endif
+}
+// Bit l: is a comparison true in lane l?
+GMK_INLINE uint32_t lanes_of(vint condition) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)condition, (__m512i)condition);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps((__m256)condition));
+#else
+  uint32_t bits = 0;
+  for (int l = 0; l < kLanes; ++l) bits |= uint32_t(condition[l] & 1) << l;
+  return bits;
+#endif
+}
+GMK_INLINE uint32_t lanes_of(vlong condition) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)condition, (__m512i)condition);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_pd((__m256d)condition));
+#else
+  uint32_t bits = 0;
+  for (int l = 0; l < simd<double>::n; ++l) bits |= uint32_t(condition[l] & 1) << l;
+  return bits;
+#endif
+}
 // The sum of the lanes, in an order that depends on the width only.
 template <class V>
 GMK_INLINE auto hsum(V x) {
