@@ -1,6 +1,6 @@
 // CPU only: the log-densities of a block of rows where most components are far from most rows. The squares of the first
 // features bound a density from above, and never less in floating point, since adding a square never makes a sum smaller.
-// The component of the largest bound is finished first; a word of rows in which no bound comes within a responsibility that
+// The component of the largest bound of each row is finished first (and shows a NaN that the row may have); a word of rows in which no bound comes within a responsibility that
 // counts is never finished. What is finished has the bits that it has without this, and what is not has responsibility 0.
 #pragma once
 #include "gmm/gmm_em_block.h"
@@ -118,12 +118,7 @@ struct Pruning {
     }
     finish_all<matrix, centred>(e, x, m, list, champions, split);
     v top = splat(T(-INFINITY));
-    i nan{};
-    for (int l = 0; l < champions; ++l) {
-      const v lp = load(e + list[l] * rows);
-      top = vmax(lp, top);
-      nan |= (i)(lp != lp);
-    }
+    for (int l = 0; l < champions; ++l) top = vmax(load(e + list[l] * rows), top);
     // Far beyond the rounding of either side: a density just below is still computed, and then left out.
     const v size = select((i)(top < v{}), -top, top);
     const v least = madd(size, splat(T(-0x1p-20)), top) + splat(kNegligible<T> - T(1));
@@ -133,8 +128,7 @@ struct Pruning {
       T* const at = e + c * rows;
       const bool champion = block.seen[c];
       block.seen[c] = false;
-      const bool near =
-          !champion && m.constants[c] != T(-INFINITY) && any(~(i)(density(load(at), m, c) <= least) | nan);
+      const bool near = !champion && m.constants[c] != T(-INFINITY) && any(~(i)(density(load(at), m, c) <= least));
       todo[others] = list[count] = int32_t(c);
       others += near;
       count += near || champion;
