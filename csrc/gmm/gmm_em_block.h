@@ -33,6 +33,7 @@ struct Block {
   bool* seen;            // [k]
   T weight[rows], alive[rows], scale[rows];
   double log_likelihood[n];
+  int64_t nonzero;  // responsibilities of this block
   int used = rows;  // whole words: what is past them is not computed
 
   static int64_t numbers(const GmmInputs& in) { return (2 * in.d + in.k) * rows + in.k * (rows / n + 2); }
@@ -108,16 +109,6 @@ struct Block {
         component_words(m, matrix, from, u, used / n - u < step ? used / n - u : step, c, m.d);
   }
 
-  // How many of the responsibilities.
-  int64_t nonzero(int64_t k) const {
-    typename simd<T>::v count{};
-    for (int u = 0; u < used / n; ++u)
-      each_listed(u, k, [&](int64_t c) __attribute__((always_inline)) {
-        const auto r = load(e + c * rows + u * n);
-        count += select((typename simd<T>::i)(r == typename simd<T>::v{}), typename simd<T>::v{}, splat(T(1)));
-      });
-    return int64_t(hsum(count));
-  }
   template <class F>
   inline __attribute__((always_inline)) void each_listed(int u, int64_t k, F f) const {
     if (listed[u] < 0)
@@ -129,6 +120,7 @@ struct Block {
   void softmax(int64_t k, int64_t d, T negligible) {
     using v = typename simd<T>::v;
     typename simd<T>::i far{};
+    v met{};
     const v least = splat(T(sizeof(T) == 4 ? -3.4028234e38 : -1.7976931348623157e308));  // -inf - -inf would be NaN
     for (int u = 0; u < used / n; ++u) {
       T* const p = e + u * n;
@@ -138,6 +130,7 @@ struct Block {
         const v r = responsibility<T>(load(p + c * rows) - top, negligible);
         store(p + c * rows, r);
         sum += r;
+        met += select((typename simd<T>::i)(r == v{}), v{}, splat(T(1)));
       });
       const v w = load(weight + u * n);
       const auto dead = (typename simd<T>::i)((load(alive + u * n) == v{}) | (sum == v{}));
@@ -148,9 +141,8 @@ struct Block {
       store(part, select((typename simd<T>::i)(w == v{}), v{}, w * log_prob));
       for (int l = 0; l < n; ++l) log_likelihood[l] += double(part[l]);
     }
-    bool some = false;
-    for (int l = 0; l < n; ++l) some |= far[l] != 0;
-    if (!some) return;
+    nonzero = int64_t(hsum(met));
+    if (!any(far)) return;
     for (int row = 0; row < used; ++row)  // its square may be infinite
       if (scale[row] == T(0))
         for (int64_t f = 0; f < d; ++f) x[f * rows + row] = T(0);

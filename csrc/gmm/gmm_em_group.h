@@ -229,7 +229,7 @@ struct Worker {
       else
         pruning.densities(block, m, matrix);
       block.softmax(s.k, s.d, kNegligible<T>);
-      if (narrow || block.nonzero(s.k) * kSparse > rows * s.k) {
+      if (narrow || block.nonzero * kSparse > rows * s.k) {
         add_block(s, shift, slot);
         continue;
       }
