@@ -9,7 +9,7 @@ namespace gmk {
 namespace GMK_ISA_NS {
 namespace {
 
-constexpr int64_t kPruneFeatures = 32, kPruneComponents = 16;  // the fewest for which it pays
+constexpr int64_t kPruneFeatures = 16, kPruneComponents = 16;  // the fewest; at least as many components as lanes
 constexpr int kPruneRest = 64;                                 // blocks until it is tried again
 
 // A NaN in a feature that is not looked at must not be missed.
@@ -126,13 +126,16 @@ struct Pruning {
     int count = 0, others = 0;
     for (int64_t c = 0; c < m.k; ++c) {
       T* const at = e + c * rows;
-      const bool champion = block.seen[c];
+      const v sum = load(at);
+      const bool champion = block.seen[c], live = m.constants[c] != T(-INFINITY);
+      const bool near =
+          live & !champion & any(~(i)(density(sum, m, c) <= least));  // no branches: they are not foreseen
+      const bool counts = champion | near;
+      store(at, select(i{} - lane(counts), sum, v{}));
       block.seen[c] = false;
-      const bool near = !champion && m.constants[c] != T(-INFINITY) && any(~(i)(density(load(at), m, c) <= least));
       todo[others] = list[count] = int32_t(c);
       others += near;
-      count += near || champion;
-      if (!near && !champion) store(at, v{});
+      count += counts;
     }
     finish_all<matrix, centred>(e, x, m, todo, others, split);
     block.listed[u] = count;
