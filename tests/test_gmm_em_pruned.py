@@ -1,4 +1,4 @@
-"""gmm_em_statistics where many components are far from most rows: densities that are never finished (gmm_em_prune.h)."""
+"""gmm_em_statistics where many components are far from most rows: densities that are never finished."""
 
 import math
 
@@ -11,9 +11,9 @@ from test_gmm import TYPES, mixture
 from test_gmm_em import check, weights_of
 
 F32, F64, INF, NAN = torch.float32, torch.float64, math.inf, math.nan
-# n, d, k, distance of the means: far apart, near enough that only some are left out, overlapping; ragged words and blocks
-SHAPES = [(1, 32, 16, 3), (100, 16, 30, 3), (67, 23, 16, 2), (70, 64, 40, 1.5), (131, 40, 17, 4), (300, 33, 64, 0.8), (200, 71, 100, 1.2),
-          (ops.GMM_EM_ROWS + 65, 32, 16, 2), (513, 64, 16, 0.1)]
+# n, d, k, distance of the means: far apart, near enough that only some are left out, overlapping; ragged words, blocks
+SHAPES = [(1, 32, 16, 3), (100, 16, 30, 3), (67, 23, 16, 2), (70, 64, 40, 1.5), (131, 40, 17, 4), (300, 33, 64, 0.8),
+          (200, 71, 100, 1.2), (ops.GMM_EM_ROWS + 65, 32, 16, 2), (513, 64, 16, 0.1)]
 
 
 def near(n, d, k, covariance_type, dtype, distance, seed=0):
@@ -34,7 +34,7 @@ def test_reference(isa, covariance_type):
 
 
 def with_one_more(args):
-    """The same mixture and a component that is left out. Fifteen components are computed to the end, sixteen are not."""
+    """The same mixture and a component that is left out. Fifteen components are all finished, sixteen are not."""
     x, lw, means, p = args
     return [x, torch.cat([lw, lw.new_tensor([-INF])]), torch.cat([means, means[:1] + 1]),
             p if p.dim() == 2 and len(p) != len(means) else torch.cat([p, p[:1]])]
@@ -43,7 +43,8 @@ def with_one_more(args):
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
 @pytest.mark.parametrize("covariance_type", TYPES)
 def test_the_bits_of_densities_that_are_all_finished(isa, covariance_type, dtype):
-    for n, d, distance in [(257, 32, 3.0), (256, 16, 5.0), (300, 64, 1.0), (200, 47, 0.6), (600, 40, 0.2), (192, 80, 3.0)]:
+    for n, d, distance in [(257, 32, 3.0), (256, 16, 5.0), (300, 64, 1.0), (200, 47, 0.6), (600, 40, 0.2),
+                           (192, 80, 3.0)]:
         for offset in (0.0, 300.0):  # centred or not, and log-densities that are large
             args = near(n, d, 15, covariance_type, dtype, distance)
             args[2][3] += offset
@@ -118,7 +119,7 @@ def test_rows_far_from_everything(isa):
 @pytest.mark.parametrize("covariance_type", ["full", "diag"])
 def test_same_bits_on_any_thread_count(isa, covariance_type):
     args = near(3 * ops.GMM_EM_ROWS + 5, 32, 20, covariance_type, F32, 1.2)
-    args[0][ops.GMM_EM_ROWS : ops.GMM_EM_ROWS + 900] *= 0.01  # rows that meet all components: it is given up for a while
+    args[0][ops.GMM_EM_ROWS : ops.GMM_EM_ROWS + 900] *= 0.01  # rows that meet all components: given up for a while
     threads = torch.get_num_threads()
     try:
         sums = []
