@@ -567,7 +567,7 @@ def test_opcheck_and_compile():
     x, w, m, p = mixture(9, 3, 2, "diag", F32)
     utils = ("test_schema", "test_faketensor")
     for extra in ((None, None, None), (weights_of(9, dtype=F32), torch.zeros(3, dtype=F64), None)):
-        torch.library.opcheck(torch.ops.gmkernels.gmm_em_statistics.default, (x, w, m, p, *extra, "diag"),
+        torch.library.opcheck(torch.ops.gmkernels.gmm_em_statistics.default, (x, w, m, p, *extra, "diag", False),
                               test_utils=utils)
     stat = ops.gmm_em_statistics(x, w, m, p, "diag")
     torch.library.opcheck(torch.ops.gmkernels.gmm_m_step.default, (stat.sums, stat.shift, "diag", 2, 1e-6, F32),

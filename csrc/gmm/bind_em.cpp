@@ -13,7 +13,7 @@ static GmmEmStatistics gmm_em_statistics(Address sums, Address used_shift, Addre
                                          Address precisions, Address sample_weight, Address shift, Address initial,
                                          int64_t slabs, int64_t prepared_bytes, py::tuple strides, int64_t b, int64_t n,
                                          int64_t k, int64_t d, int dtype, int covariance, int64_t sample_weight_stride,
-                                         int64_t shift_stride) {
+                                         int64_t shift_stride, bool tf32) {
   GmmEmStatistics a{};
   a.sums = pointer<double>(sums, b * em_numbers(k, d, covariance), "sums");
   a.used_shift = pointer<double>(used_shift, b * d, "used_shift");
@@ -29,6 +29,7 @@ static GmmEmStatistics gmm_em_statistics(Address sums, Address used_shift, Addre
   a.sample_weight_stride = sample_weight_stride;
   a.shift_stride = shift_stride;
   a.in = gmm_inputs(x, log_weights, means, precisions, strides, b, n, k, d, dtype, covariance);
+  a.in.tf32 = tf32;
   return a;
 }
 

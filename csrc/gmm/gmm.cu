@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kRows, kBlocks) gmm_log_prob_kernel(GmmLogProb
 template <int KT>
 constexpr int kForwardM = KT <= 8 ? 2 : 1;  // y takes 4 M KT registers
 
-template <int KT>
+template <int KT, bool tf32>
 __global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks<KT>)
     gmm_matrix_log_prob_kernel(GmmLogProb a, int capacity) {
   if (!has_mma()) return;
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks<KT>)
         const float* const step = steps.next(kHeader + kBlock * (tiles - i));
         own = step[8];
         if (own == -infinity<float>()) continue;
-        multiply_step<M, KT, true>(y, first_row, stride, step, step + kHeader, i, tiles);
+        multiply_step<M, KT, true, tf32>(y, first_row, stride, step, step + kHeader, i, tiles);
       }
       if (own == -infinity<float>()) continue;
       any = true;
@@ -112,8 +112,10 @@ Status launch_matrix(const GmmLogProb& a, void* stream) {
   const int tiles = int(a.in.d + 7) / 8, warps = int(a.in.n >= 64 * M ? 4 : (a.in.n + 16 * M - 1) / (16 * M));
   const int rows = warps * 16 * M, capacity = chunk_floats(tiles, tiles, kChunkSteps<KT>);
   const size_t bytes = (size_t(rows) * (8 * tiles + 4) + 2 * capacity) * sizeof(float);
-  return GMK_LAUNCH((gmm_matrix_log_prob_kernel<KT>), grid_for(a.in.b * ((a.in.n + rows - 1) / rows), 1), 32 * warps,
-                    bytes, stream, a, capacity);
+  const auto grid = grid_for(a.in.b * ((a.in.n + rows - 1) / rows), 1);
+  if (a.in.tf32)
+    return GMK_LAUNCH((gmm_matrix_log_prob_kernel<KT, true>), grid, 32 * warps, bytes, stream, a, capacity);
+  return GMK_LAUNCH((gmm_matrix_log_prob_kernel<KT, false>), grid, 32 * warps, bytes, stream, a, capacity);
 }
 
 }  // namespace

@@ -33,6 +33,7 @@ struct GmmInputs {
   int64_t b, n, k, d;                                                 // mixtures, rows, components, features
   int dtype;                                                          // DType of everything: float32 or float64
   int covariance;                                                     // CovarianceType
+  bool tf32;  // CUDA only, full and tied float32: one product of tf32 numbers on the tensor cores in place of three
 };
 
 struct GmmLogProb {

@@ -143,19 +143,20 @@ GMK_DEV void load_residuals(float* tile, int stride, const float* x, const float
 }
 
 // 16 features from 16 m on (rows of the result) times eight rows of the tile, each times its weight.
+template <bool tf32>
 GMK_DEV void weighted_fragment(uint32_t (&hi)[4], uint32_t (&lo)[4], const float* rows, int stride, int m, int tiles,
                                float w0, float w1) {
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     const int column = 2 * m + (e & 1);
     const float t = column < tiles ? rows[(e >> 1) * stride + 8 * column + lane_of().g] : 0.0f;
-    const Split s = split((e >> 1 ? w1 : w0) * t);
+    const Split s = split<tf32>((e >> 1 ? w1 : w0) * t);
     hi[e] = s.hi;
     lo[e] = s.lo;
   }
 }
 
-template <int KT>
+template <int KT, bool tf32>
 __global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks<KT>)
     gmm_matrix_statistics_kernel(GmmLogProbBackward a, double* all_sums, int64_t slabs, int rows, int pull) {
   if (!has_mma()) return;
@@ -231,8 +232,8 @@ __global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks<KT>)
           float y[1][kPanel][4] = {};
 #pragma unroll 1
           for (int i = 0; i < tiles && i < from + kPanel; ++i)
-            multiply_step<1, kPanel, false>(y, tile + 16 * warp * stride, stride, nullptr,
-                                            p + step_offset(tiles, i) + kHeader, i, tiles, from);
+            multiply_step<1, kPanel, false, tf32>(y, tile + 16 * warp * stride, stride, nullptr,
+                                                  p + step_offset(tiles, i) + kHeader, i, tiles, from);
           square += own_square(y);
         }
         const int row = 16 * warp + own_row<1>();
@@ -266,20 +267,20 @@ __global__ void __launch_bounds__(kMatrixThreads, kMatrixBlocks<KT>)
         if (!__any_sync(kFullWarp, w0 != 0.0f || w1 != 0.0f)) continue;
         const float* const t = tile + r * stride;
         uint32_t hi[4], lo[4];
-        weighted_fragment(hi, lo, t, stride, low, tiles, w0, w1);
+        weighted_fragment<tf32>(hi, lo, t, stride, low, tiles, w0, w1);
         const float* right = t + 16 * low + at.g;
         int end_q = tiles - 2 * low;
 #pragma unroll
         for (int q = 0; q < kSlots; ++q) {
           if (q == in_low) {
-            weighted_fragment(hi, lo, t, stride, high, tiles, w0, w1);
+            weighted_fragment<tf32>(hi, lo, t, stride, high, tiles, w0, w1);
             right = t + 16 * high - 8 * in_low + at.g;
             end_q = tiles - 2 * high + in_low;
           }
           if (q >= end_q) continue;
-          const Split u = split(right[8 * q]), v = split(right[stride + 8 * q]);
-          multiply_add(sum[q], hi, lo,
-                       Pack<float, 4>{{bits_float(u.hi), bits_float(v.hi), bits_float(u.lo), bits_float(v.lo)}});
+          const Split u = split<tf32>(right[8 * q]), v = split<tf32>(right[stride + 8 * q]);
+          multiply_add<tf32>(sum[q], hi, lo,
+                             Pack<float, 4>{{bits_float(u.hi), bits_float(v.hi), bits_float(u.lo), bits_float(v.lo)}});
         }
       }
     }
@@ -303,8 +304,12 @@ template <int KT>
 Status launch_statistics(const GmmLogProbBackward& a, double* sums, int64_t slabs, bool pull, void* stream) {
   const int tiles = int(a.in.d + 7) / 8, rows = tiles > 15 ? 48 : 64;  // in 99 KiB, the least of the generations
   const size_t bytes = (size_t(step_offset(tiles, tiles)) + rows * (8 * tiles + 4) + rows + 4) * sizeof(float);
-  return GMK_LAUNCH((gmm_matrix_statistics_kernel<KT>), grid_for(slabs * a.in.b * a.in.k, 1), kMatrixThreads, bytes,
-                    stream, a, sums, slabs, rows, int(pull));
+  const auto grid = grid_for(slabs * a.in.b * a.in.k, 1);
+  if (a.in.tf32)
+    return GMK_LAUNCH((gmm_matrix_statistics_kernel<KT, true>), grid, kMatrixThreads, bytes, stream, a, sums, slabs,
+                      rows, int(pull));
+  return GMK_LAUNCH((gmm_matrix_statistics_kernel<KT, false>), grid, kMatrixThreads, bytes, stream, a, sums, slabs,
+                    rows, int(pull));
 }
 
 }  // namespace

@@ -44,21 +44,27 @@ inline int chunk_floats(int tiles, int steps, int per_chunk) {
   return most;
 }
 
+constexpr uint32_t kNaN = 0x7fc00000u;
 struct Split {
   uint32_t hi, lo;
 };
+template <bool tf32 = false>
 GMK_DEV Split split(float v) {
   const uint32_t hi = (float_bits(v) + 0x1000u) & 0xffffe000u;  // to 11 bits; NaN may lose itself here, but not in lo
+  if (tf32) return {v != v ? kNaN : hi, 0};                     // there is no lo
   return {hi, float_bits(v - bits_float(hi))};
 }
 
-// sum += a b: 16 x 8 += 16 x 8 times 8 x 8
+// sum += a b: 16 x 8 += 16 x 8 times 8 x 8; tf32: the product of the leading parts alone.
+template <bool tf32 = false>
 GMK_DEV void multiply_add(float (&sum)[4], const uint32_t (&hi)[4], const uint32_t (&lo)[4], const Pack<float, 4>& b) {
   const uint32_t b_hi[2] = {float_bits(b.v[0]), float_bits(b.v[1])}, b_lo[2] = {float_bits(b.v[2]), float_bits(b.v[3])};
   const float zero[4] = {};
-  float low[4], both[4], all[4];
-  mma_tf32(low, lo, b_hi, zero);
-  mma_tf32(both, hi, b_lo, low);
+  float low[4], both[4] = {}, all[4];
+  if (!tf32) {
+    mma_tf32(low, lo, b_hi, zero);
+    mma_tf32(both, hi, b_lo, low);
+  }
   mma_tf32(all, hi, b_hi, both);
 #pragma unroll
   for (int e = 0; e < 4; ++e) sum[e] += all[e];
@@ -118,7 +124,7 @@ struct Lane {
 GMK_DEV Lane lane_of() { return {int(threadIdx.x) % 32 / 4, int(threadIdx.x) % 4}; }
 
 // y += t P for one step (features 8 i .. 8 i + 7): 16 M rows of x from `x` on, in shared memory; columns of P from 8 `from`.
-template <int M, int KT, bool subtract>
+template <int M, int KT, bool subtract, bool tf32 = false>
 GMK_DEV void multiply_step(float (&y)[M][KT][4], const float* x, int stride, const float* mean, const float* blocks,
                            int i, int tiles, int from = 0) {
   const Lane at = lane_of();
@@ -130,7 +136,7 @@ GMK_DEV void multiply_step(float (&y)[M][KT][4], const float* x, int stride, con
       const int f = at.t + 4 * (e >> 1);
       float v = x[(16 * m + at.g + 8 * (e & 1)) * stride + 8 * i + f];
       if (subtract) v -= mean[f];
-      const Split s = split(v);
+      const Split s = split<tf32>(v);
       hi[m][e] = s.hi;
       lo[m][e] = s.lo;
     }
@@ -139,7 +145,7 @@ GMK_DEV void multiply_step(float (&y)[M][KT][4], const float* x, int stride, con
     if (from + j >= i && from + j < tiles) {
       const Pack<float, 4> b = load_pack<float, 4>(blocks + kBlock * (from + j - i) + int(threadIdx.x) % 32 * 4);
 #pragma unroll
-      for (int m = 0; m < M; ++m) multiply_add(y[m][j], hi[m], lo[m], b);
+      for (int m = 0; m < M; ++m) multiply_add<tf32>(y[m][j], hi[m], lo[m], b);
     }
 }
 

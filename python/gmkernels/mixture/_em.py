@@ -13,8 +13,8 @@ from . import _missing
 class Memory:
     """Rows in memory. Those that lack entries are grouped by pattern once; those without any entry count nowhere."""
 
-    def __init__(self, x, weights):
-        self.dtype, self.ahead = x.dtype, int(x.is_cuda)
+    def __init__(self, x, weights, allow_tf32=False):
+        self.dtype, self.ahead, self.allow_tf32 = x.dtype, int(x.is_cuda), allow_tf32
         self.x, self.weights, self.patterns, self.pattern_weights = x, weights, None, None
         if bool(x.sum().isfinite()):  # no NaN
             self.x = x.contiguous()
@@ -30,7 +30,8 @@ class Memory:
 
     def statistics(self, parameters, initial=None):
         stat = ops.gmm_em_statistics(self.x, parameters.log_weights, parameters.means, parameters.precisions_cholesky,
-                                     parameters.covariance_type, sample_weight=self.weights, initial=initial)
+                                     parameters.covariance_type, sample_weight=self.weights, initial=initial,
+                                     allow_tf32=self.allow_tf32)
         if self.patterns is not None:
             stat = stat + _missing.statistics(self.patterns, self.pattern_weights, parameters, stat.shift)
         return stat
@@ -41,13 +42,13 @@ class Blocks:
 
     ahead = 0  # reading it once in vain costs more than waiting
 
-    def __init__(self, stream):
-        self.stream, self.dtype = stream, stream.dtype
+    def __init__(self, stream, allow_tf32=False):
+        self.stream, self.dtype, self.allow_tf32 = stream, stream.dtype, allow_tf32
 
     def statistics(self, parameters):
         stat = None
         for rows, weights in self.stream.blocks():
-            stat = Memory(rows, weights).statistics(parameters, stat)
+            stat = Memory(rows, weights, self.allow_tf32).statistics(parameters, stat)
         return stat
 
 

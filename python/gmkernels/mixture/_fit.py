@@ -64,11 +64,11 @@ def read(estimator, X, sample_weight, *, reset, part):
     if _rows.is_stream(X):
         stream = _rows.Stream(estimator, X, sample_weight, reset=reset, part=part)
         x, weights, known = counted(*stream.open(random_state))
-        return Data(_em.Blocks(stream), x, weights, known, len(x), stream.n, stream.device, random_state)
+        return Data(_em.Blocks(stream, estimator.allow_tf32), x, weights, known, len(x), stream.n, stream.device, random_state)
     x = _rows.check_rows(estimator, X, reset=reset, least_rows=0 if part else 2)
     n, weights = len(x), _rows.check_weights(sample_weight, len(x), x.dtype, x.device, part)
     x, weights, known = counted(x, weights)
-    return Data(_em.Memory(x, weights), x, weights, known, len(x), n, x.device, random_state)
+    return Data(_em.Memory(x, weights, estimator.allow_tf32), x, weights, known, len(x), n, x.device, random_state)
 
 
 def fit(estimator, X, sample_weight, callback, process_group):

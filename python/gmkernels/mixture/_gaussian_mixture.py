@@ -33,6 +33,8 @@ class GaussianMixture(_sklearn.Parent):
     --------------------------------
     device : str, default="auto"
         "cpu", "cuda", "cuda:N". "auto": where a tensor is; for the rest a GPU if this build and torch have one.
+    allow_tf32 : bool, default=False
+        On a GPU, float32 and "full" or "tied": fewer digits for more speed in ``fit``. See `ops.gmm_em_statistics`.
 
     Attributes beyond scikit-learn's
     --------------------------------
@@ -53,16 +55,16 @@ class GaussianMixture(_sklearn.Parent):
     (2,)
     """
 
-    _parameter_constraints = {**_sklearn.Parent._parameter_constraints, "device": [str]}
+    _parameter_constraints = {**_sklearn.Parent._parameter_constraints, "device": [str], "allow_tf32": ["boolean"]}
 
     def __init__(self, n_components=1, *, covariance_type="full", tol=1e-3, reg_covar=1e-6, max_iter=100, n_init=1,
                  init_params="kmeans", weights_init=None, means_init=None, precisions_init=None, random_state=None,
-                 warm_start=False, verbose=0, verbose_interval=10, device="auto"):
+                 warm_start=False, verbose=0, verbose_interval=10, device="auto", allow_tf32=False):
         super().__init__(n_components, covariance_type=covariance_type, tol=tol, reg_covar=reg_covar,
                          max_iter=max_iter, n_init=n_init, init_params=init_params, weights_init=weights_init,
                          means_init=means_init, precisions_init=precisions_init, random_state=random_state,
                          warm_start=warm_start, verbose=verbose, verbose_interval=verbose_interval)
-        self.device = device
+        self.device, self.allow_tf32 = device, allow_tf32
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -140,7 +142,7 @@ class GaussianMixture(_sklearn.Parent):
             before, t = self._start(x, weights, check_random_state(self.random_state), x.device), 0
         else:
             before, t = self._parameters(x.device, x.dtype), self.n_iter_
-        stat = _em.Memory(x, weights).statistics(before)
+        stat = _em.Memory(x, weights, self.allow_tf32).statistics(before)
         if not bool(stat.sums.isfinite().all()):
             raise ValueError(_em.NOT_FINITE)
         if not first and float(stat.weight) == 0:

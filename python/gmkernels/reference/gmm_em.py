@@ -48,7 +48,8 @@ def default_shift(log_weights, means):
     return (w[..., None] * torch.where(w[..., None] == 0, 0.0, means.double())).sum(-2)
 
 
-def gmm_em_statistics(x, log_weights, means, precisions_cholesky, sample_weight, shift, initial, covariance_type):
+def gmm_em_statistics(x, log_weights, means, precisions_cholesky, sample_weight, shift, initial, covariance_type,
+                      allow_tf32=False):
     """(sums [..., 2 + numbers], shift [..., d]), float64. See :func:`gmkernels.ops.gmm_em_statistics`."""
     lead = TRAILING[covariance_type]
     leads = [x.shape[:-2], log_weights.shape[:-1], means.shape[:-2],
