@@ -9,6 +9,7 @@ from gmkernels import _call
 
 backend = pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
 huge = backend.huge
+pytestmark = pytest.mark.slow
 FLOAT, DOUBLE = torch.float32, torch.float64
 BLOCKS, DIAG = 2112, 2
 
