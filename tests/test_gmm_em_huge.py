@@ -57,6 +57,7 @@ def test_shifts_simt():
         assert torch.equal(outs[1].flatten()[at], want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("covariance, k, d", [(FULL, 2**11 + 2**6, 2**10), (DIAG, 2**20 + 2**15, 2**10)], ids=str)
 def test_sums_simt(covariance, k, d):
     """No rows: the sums are what they begin from."""
@@ -91,6 +92,7 @@ def test_responsibilities_simt():
     cases.close(out.flatten()[at], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("covariance_type, d", [("full", 32), ("diag", 2**11)])
 def test_m_step_simt(covariance_type, d):
     """Of mixtures of one component, half of them without weight."""
