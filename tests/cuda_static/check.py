@@ -63,7 +63,7 @@ ASKED = (
     Asked(r"philox_fill_kernel<float>", {STORE_128: 1}),
     # three products for every block of P: x and P to shared memory 16 bytes at a time, grad_x back in whole packs
     Asked(r"gmm_matrix_log_prob_kernel<\d+, false>", {MMA_TF32: 24, COPY_128: 3, r"LDS\.128": 4}, since=80),
-    Asked(r"gmm_matrix_log_prob_kernel<\d+, true>", {MMA_TF32: 8, COPY_128: 3, r"LDS\.128": 4}, since=80),
+    Asked(r"gmm_matrix_log_prob_kernel<\d+, true>", {MMA_TF32: 8, COPY_128: 3, r"LDS\.64": 4}, since=80),
     Asked(r"gmm_matrix_grad_x_kernel<\d+>", {MMA_TF32: 84, COPY_128: 3, r"LDS\.128": 15, STORE_128: 1}, since=80),
     Asked(r"gmm_matrix_statistics_kernel<\d+, false>", {MMA_TF32: 30, COPY_128: 1, LOAD_128: 1}, since=80),
     Asked(r"gmm_matrix_statistics_kernel<\d+, true>", {MMA_TF32: 10, COPY_128: 1, LOAD_128: 1}, since=80),
