@@ -64,7 +64,8 @@ def read(estimator, X, sample_weight, *, reset, part):
     if _rows.is_stream(X):
         stream = _rows.Stream(estimator, X, sample_weight, reset=reset, part=part)
         x, weights, known = counted(*stream.open(random_state))
-        return Data(_em.Blocks(stream, estimator.allow_tf32), x, weights, known, len(x), stream.n, stream.device, random_state)
+        blocks = _em.Blocks(stream, estimator.allow_tf32)
+        return Data(blocks, x, weights, known, len(x), stream.n, stream.device, random_state)
     x = _rows.check_rows(estimator, X, reset=reset, least_rows=0 if part else 2)
     n, weights = len(x), _rows.check_weights(sample_weight, len(x), x.dtype, x.device, part)
     x, weights, known = counted(x, weights)
