@@ -1,0 +1,20 @@
+"""Drop-in diffusers schedulers on the fused step. Loads diffusers, so `import gmkernels` does not load this."""
+
+try:
+    import diffusers as _diffusers  # noqa: F401
+except ImportError as error:
+    raise ImportError("gmkernels.schedulers needs diffusers: pip install 'gmkernels[diffusers]'") from error
+
+from .ddim import DDIMScheduler
+from .ddpm import DDPMScheduler
+from .edm_euler import EDMEulerScheduler
+from .euler_ancestral_discrete import EulerAncestralDiscreteScheduler
+from .euler_discrete import EulerDiscreteScheduler
+
+__all__ = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+]
