@@ -7,14 +7,20 @@ except ImportError as error:
 
 from .ddim import DDIMScheduler
 from .ddpm import DDPMScheduler
+from .dpmsolver_multistep import DPMSolverMultistepScheduler
+from .edm_dpmsolver_multistep import EDMDPMSolverMultistepScheduler
 from .edm_euler import EDMEulerScheduler
 from .euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from .euler_discrete import EulerDiscreteScheduler
+from .flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 __all__ = [
     "DDIMScheduler",
     "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EDMDPMSolverMultistepScheduler",
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
 ]
