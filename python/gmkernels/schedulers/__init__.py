@@ -13,6 +13,11 @@ from .edm_euler import EDMEulerScheduler
 from .euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from .euler_discrete import EulerDiscreteScheduler
 from .flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from .flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
+from .heun_discrete import HeunDiscreteScheduler
+from .lcm import LCMScheduler
+from .pndm import PNDMScheduler
+from .unipc_multistep import UniPCMultistepScheduler
 
 __all__ = [
     "DDIMScheduler",
@@ -23,4 +28,9 @@ __all__ = [
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
 ]

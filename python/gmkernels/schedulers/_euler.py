@@ -4,7 +4,7 @@ import torch
 from diffusers.utils import logging
 
 from .. import ops
-from ._base import alike, check
+from ._base import alike, check, output
 from ._sigmas import Scaled, float_time
 from ._table import Table
 
@@ -31,7 +31,7 @@ def line(sigma, to):
 class Euler(Scaled):
     """`step` for a parent with churn. A subclass has `_denoiser(sigma, hat)`: (A, B) at x of level hat."""
 
-    def _fused_step(self, parent_step, output, model_output, timestep, sample, churn, generator, return_dict):
+    def _fused_step(self, parent_step, result, model_output, timestep, sample, churn, generator, return_dict):
         """`parent_step`: diffusers' own, for a step that has no finite coefficients."""
         float_time(timestep, type(self).__name__)
         check(model_output, sample)
@@ -51,7 +51,7 @@ class Euler(Scaled):
         self._step_index = i + 1
         if prev.dtype is not model_output.dtype:
             prev = prev.to(model_output.dtype)
-        return output(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
+        return output(result, prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
 
     def _warn_unscaled(self):
         if not self.is_scale_input_called:

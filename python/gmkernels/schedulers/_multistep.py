@@ -4,12 +4,12 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from . import _dpm
-from ._base import alike, check, x0_step
-from ._sigmas import Sigmas
+from ._base import alike, check, output, x0_step
+from ._sigmas import Noised
 from ._table import Table
 
 
-class Multistep(Sigmas):
+class Multistep(Noised):
     """A subclass has `_kind()` of its levels and `_conversion(levels)`: (A, B) of the converted output."""
 
     _absent_is_last = True
@@ -46,7 +46,7 @@ class Multistep(Sigmas):
         if self.lower_order_nums < self.config.solver_order:
             self.lower_order_nums += 1
         self._step_index = i + 1
-        return SchedulerOutput(prev_sample=prev) if return_dict else (prev,)
+        return output(SchedulerOutput, prev_sample=prev) if return_dict else (prev,)
 
     def _to_noise(self):
         """Is the converted output the noise? Then a threshold, which is for x0, needs more than the table holds."""

@@ -73,11 +73,15 @@ class Sigmas(Fused):
             rows = table.stacked(original.device, dtype)[torch.tensor(at, device=original.device)]
         return ops.diffusion_step(original, noise, rows)
 
+
+class Noised(Sigmas):
+    """For those that have `add_noise`; the flow matching ones have `scale_noise`."""
+
     def add_noise(self, original_samples, noise, timesteps):
         return self._mixed(original_samples, noise, timesteps)
 
 
-class Scaled(Sigmas):
+class Scaled(Noised):
     """For those whose model sees ``sample / sqrt(sigma^2 + 1)``."""
 
     def _input_scales(self):

@@ -5,7 +5,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 from ._alphas import Alphas, prediction
-from ._base import Fused, alike, check, drop_in, x0_step
+from ._base import Fused, alike, check, drop_in, output, x0_step
 from ._table import Table
 
 
@@ -36,7 +36,7 @@ class DDIMScheduler(Alphas, Fused, diffusers.DDIMScheduler):
         if not isinstance(noise, bool) and noise.dtype is not x.dtype:
             noise = noise.to(x.dtype)
         prev, x0 = x0_step(self, plan, table, i, x, m, () if use_clipped_model_output else (m,), None, noise, seed)
-        return DDIMSchedulerOutput(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
+        return output(DDIMSchedulerOutput, prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
 
     def _index(self, plan, t):
         """Any training time has a step, also one that is not in the schedule: its row is appended."""

@@ -5,7 +5,7 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 
 from ._alphas import Alphas, prediction
-from ._base import Fused, alike, check, drop_in, x0_step
+from ._base import Fused, alike, check, drop_in, output, x0_step
 from ._table import Table
 
 _LEARNED = ("learned", "learned_range")
@@ -37,7 +37,7 @@ class DDPMScheduler(Alphas, Fused, diffusers.DDPMScheduler):
             if v is not None:
                 variance = v if self.variance_type == "learned" else self._in_range(plan, i, v)
         prev, x0 = x0_step(self, plan, table, i, x, m, (), variance, False if noise is None else noise, seed)
-        return DDPMSchedulerOutput(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
+        return output(DDPMSchedulerOutput, prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
 
     def _index(self, plan, t):
         indices = plan.tables.get("indices")
@@ -57,8 +57,9 @@ class DDPMScheduler(Alphas, Fused, diffusers.DDPMScheduler):
         return [self._table(plan)]
 
     def _table(self, plan):
-        if "step" in plan.tables:
-            return plan.tables["step"]
+        table = plan.tables.get(self.variance_type)
+        if table is not None:
+            return table
         times = self._times(plan)
         before = [*times[1:], -1]
         real, kind = self._real(), self.variance_type
@@ -85,7 +86,7 @@ class DDPMScheduler(Alphas, Fused, diffusers.DDPMScheduler):
         A, B = prediction(self.config.prediction_type, a, "DDPMScheduler")
         table = Table(len(times), A=A, B=B, c0=a_next.sqrt() * beta / (1 - a), c1=alpha.sqrt() * (1 - a_next) / (1 - a),
                       s=s)
-        plan.tables["step"] = table
+        plan.tables[kind] = table
         return table
 
     @staticmethod

@@ -4,7 +4,7 @@ import diffusers
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteSchedulerOutput
 
 from .. import ops
-from ._base import alike, check, drop_in
+from ._base import alike, check, drop_in, output
 from ._euler import level_prediction, line
 from ._sigmas import Scaled, float_time
 from ._table import Table
@@ -31,7 +31,7 @@ class EulerAncestralDiscreteScheduler(Scaled, diffusers.EulerAncestralDiscreteSc
         if prev.dtype is not model_output.dtype:
             prev = prev.to(model_output.dtype)
         if return_dict:
-            return EulerAncestralDiscreteSchedulerOutput(prev_sample=prev, pred_original_sample=x0)
+            return output(EulerAncestralDiscreteSchedulerOutput, prev_sample=prev, pred_original_sample=x0)
         return prev, x0
 
     def _tables(self, plan):

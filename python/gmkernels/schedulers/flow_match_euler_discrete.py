@@ -5,7 +5,7 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 
 from .. import ops
-from ._base import alike, check, drop_in
+from ._base import alike, check, drop_in, output
 from ._sigmas import Sigmas, float_time
 from ._table import Table
 
@@ -34,7 +34,7 @@ class FlowMatchEulerDiscreteScheduler(Sigmas, diffusers.FlowMatchEulerDiscreteSc
         self._step_index = i + 1
         if prev.dtype is not model_output.dtype:
             prev = prev.to(model_output.dtype)
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=prev) if return_dict else (prev,)
+        return output(FlowMatchEulerDiscreteSchedulerOutput, prev_sample=prev) if return_dict else (prev,)
 
     def _tables(self, plan):
         return [self._table(plan)]
