@@ -49,11 +49,12 @@ def conversion(kind, to_noise, now, sigma, name):
         return now.alpha, -now.sigma
     if kind == "flow_prediction":
         return one, -sigma
-    raise ValueError(f"prediction_type must be epsilon, sample, v_prediction or flow_prediction for {name}, got {kind!r}")
+    raise ValueError(f"prediction_type must be epsilon, sample, v_prediction or flow_prediction for {name},"
+                     f" got {kind!r}")
 
 
 def update(algorithm, to, start, h):
-    """{x, k0, midpoint, heun, k2, s} of a step of log-SNR `h` from `start` to `to`. `midpoint` and `heun`: k1 of each."""
+    """{x, k0, midpoint, heun, k2, s} of a step of log-SNR `h` from `start` to `to`; k1 is `midpoint` or `heun`."""
     alpha, sigma = to.alpha, to.sigma
     if algorithm == "dpmsolver++":
         e = torch.exp(-h) - 1
@@ -73,7 +74,8 @@ def update(algorithm, to, start, h):
         return {"x": alpha / start.alpha, "k0": -2 * (sigma * e), "midpoint": -sigma * e,
                 "heun": -2 * (sigma * (e / h - 1)), "k2": torch.full_like(h, torch.nan),
                 "s": sigma * torch.sqrt(torch.exp(2 * h) - 1)}
-    raise ValueError(f"algorithm_type must be dpmsolver, dpmsolver++, sde-dpmsolver or sde-dpmsolver++, got {algorithm!r}")
+    raise ValueError("algorithm_type must be dpmsolver, dpmsolver++, sde-dpmsolver or sde-dpmsolver++,"
+                     f" got {algorithm!r}")
 
 
 def double(weights):

@@ -22,15 +22,16 @@ class Multistep(Noised):
         plan = self._ready()
         i = self._begin(plan, timestep)
         outputs = self.model_outputs
-        order = min(self._highest(plan)[i], self.lower_order_nums + 1)
-        table = self._table(plan, order)
+        highest, stochastic, solver_order = plan.tables.get("facts") or self._facts(plan)
+        order = min(highest[i], self.lower_order_nums + 1)
+        table = plan.tables.get(order) or self._table(plan, order)
         if not table.finite[i] or (plan.threshold and self._to_noise()):
             return parent_step()
         check(model_output, sample)
-        history = tuple(outputs[-1 : -order : -1])  # m1, m2
+        history = outputs[-1 : -order : -1]  # m1, m2
         x, m, *history = alike(sample, model_output, *history)
         dtype, seed = x.dtype, None
-        if not self._stochastic():
+        if not stochastic:
             noise = False
         elif noise is None:
             noise, seed = plan.noise.take(self.noise, i, generator, m, noise_dtype)
@@ -43,7 +44,7 @@ class Multistep(Noised):
             prev, x0 = prev.to(dtype), x0.to(dtype)
         outputs.append(x0)
         del outputs[0]
-        if self.lower_order_nums < self.config.solver_order:
+        if self.lower_order_nums < solver_order:
             self.lower_order_nums += 1
         self._step_index = i + 1
         return output(SchedulerOutput, prev_sample=prev) if return_dict else (prev,)
@@ -52,22 +53,17 @@ class Multistep(Noised):
         """Is the converted output the noise? Then a threshold, which is for x0, needs more than the table holds."""
         return self.config.algorithm_type in ("dpmsolver", "sde-dpmsolver")
 
-    def _stochastic(self):
-        return self.config.algorithm_type.startswith("sde")
-
-    def _highest(self, plan):
-        """The order of each step where the history is long enough."""
-        highest = plan.tables.get("highest")
-        if highest is None:
-            config, count = self.config, len(plan.times)
-            short = config.lower_order_final and count < 15
-            highest = [config.solver_order] * count
-            if short and count > 1:
-                highest[-2] = min(highest[-2], 2)
-            if config.euler_at_final or short or config.final_sigmas_type == "zero":
-                highest[-1:] = [1]
-            plan.tables["highest"] = highest
-        return highest
+    def _facts(self, plan):
+        """(the order of each step where the history is long enough, is there noise, solver_order)"""
+        config, count = self.config, len(plan.times)
+        short = config.lower_order_final and count < 15
+        highest = [config.solver_order] * count
+        if short and count > 1:
+            highest[-2] = min(highest[-2], 2)
+        if config.euler_at_final or short or config.final_sigmas_type == "zero":
+            highest[-1:] = [1]
+        facts = plan.tables["facts"] = highest, config.algorithm_type.startswith("sde"), config.solver_order
+        return facts
 
     def _tables(self, plan):
         return [self._table(plan, order) for order in range(1, self.config.solver_order + 1)]

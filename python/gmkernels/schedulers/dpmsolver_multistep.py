@@ -18,8 +18,9 @@ class DPMSolverMultistepScheduler(Multistep, diffusers.DPMSolverMultistepSchedul
                                                                  variance_noise, return_dict)
 
         m = model_output
-        if self.config.variance_type in ("learned", "learned_range") and self.config.prediction_type == "epsilon":
-            m = m[:, :3]  # diffusers: of the learned variances nothing is used
+        if m.shape != sample.shape and self.config.variance_type in ("learned", "learned_range"):
+            if self.config.prediction_type == "epsilon":
+                m = m[:, :3]  # diffusers: of the learned variances nothing is used
         return self._fused_step(parent_step, m, timestep, sample, generator, variance_noise, torch.float32, return_dict)
 
     def _kind(self):

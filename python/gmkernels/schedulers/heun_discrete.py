@@ -32,7 +32,9 @@ class HeunDiscreteScheduler(Heun, Scaled, diffusers.HeunDiscreteScheduler):
         else:
             self._keep(i, sample, x0)
         self._step_index = i + 1
-        return output(HeunDiscreteSchedulerOutput, prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
+        if return_dict:
+            return output(HeunDiscreteSchedulerOutput, prev_sample=prev, pred_original_sample=x0)
+        return prev, x0
 
     def _tables(self, plan):
         return self._halves(plan)

@@ -25,10 +25,13 @@ class PNDMScheduler(Alphas, Fused, diffusers.PNDMScheduler):
     The Runge-Kutta steps of ``skip_prk_steps=False`` are diffusers' own.
     """
 
-    def step_plms(self, model_output, timestep, sample, return_dict=True):
+    def step(self, model_output, timestep, sample, return_dict=True):
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
         check(model_output, sample)
+        return super().step(model_output, timestep, sample, return_dict)
+
+    def step_plms(self, model_output, timestep, sample, return_dict=True):
         plan = self._ready()
         t = plan.time(timestep)
         again = self.counter == 1

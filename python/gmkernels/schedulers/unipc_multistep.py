@@ -12,8 +12,8 @@ from ._table import Table
 
 @drop_in
 class UniPCMultistepScheduler(Noised, diffusers.UniPCMultistepScheduler):
-    """diffusers' :class:`UniPCMultistepScheduler` with one kernel call per step without the corrector, two with it, three
-    of order 3 (docs/schedulers.md)."""
+    """diffusers' :class:`UniPCMultistepScheduler` with one kernel call per step without the corrector, two with it,
+    three of order 3 (docs/schedulers.md)."""
 
     _absent_is_last = True
 
@@ -96,7 +96,7 @@ class UniPCMultistepScheduler(Noised, diffusers.UniPCMultistepScheduler):
         return table
 
     def _corrector(self, plan, order):
-        """history: the last sample, m0, m1; of order 3 m0, m1, m2, and the last sample is added by a call of its own."""
+        """history: the last sample, m0, m1. Of order 3: m0, m1, m2, and a call of its own adds the last sample."""
         table = plan.tables.get(("corrector", order))
         if table is None:
             levels, A, B = self._common(plan)
