@@ -98,8 +98,15 @@ def grid():
                      _axis("solver_order", (1, 2)), [{}, {"thresholding": True}],
                      _axis("algorithm_type", ("dpmsolver", "sde-dpmsolver")), [{"final_sigmas_type": "sigma_min"}]):
         yield "DPMSolverMultistep", c, {}
+    for c in product(_axis("prediction_type", PREDICTIONS), _axis("solver_type", ("midpoint", "heun")),
+                     _axis("solver_order", (1, 2, 3)), _axis("lower_order_final", (True, False)),
+                     [{"algorithm_type": a} for a in ("dpmsolver++", "sde-dpmsolver++")]
+                     + [{"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+                        {"use_karras_sigmas": True}, {"thresholding": True}, {"use_exponential_sigmas": True}]):
+        yield "DPMSolverSinglestep", {"final_sigmas_type": "zero"} | c, {}
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
     yield "DPMSolverMultistep", flow, {}
+    yield "DPMSolverSinglestep", flow, {}
     for c in product(_axis("prediction_type", PREDICTIONS), _axis("solver_type", ("bh1", "bh2")),
                      _axis("solver_order", (1, 2, 3)), _axis("predict_x0", (True, False)),
                      [{}, {"use_karras_sigmas": True}, {"timestep_spacing": "trailing"}, {"disable_corrector": [0, 7]},

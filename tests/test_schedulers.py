@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 NAMES = schedulers.__all__
 NOISY = {"DDPMScheduler": {}, "EulerAncestralDiscreteScheduler": {}, "LCMScheduler": {},
          "DPMSolverMultistepScheduler": {"algorithm_type": "sde-dpmsolver++"},
+         "DPMSolverSinglestepScheduler": {"algorithm_type": "sde-dpmsolver++"},
          "EDMDPMSolverMultistepScheduler": {"algorithm_type": "sde-dpmsolver++"},
          "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": True}}  # fmt: skip
 STEPS = {"LCMScheduler": 4}

@@ -146,7 +146,8 @@ def test_learned_variances(variance_type):
 
 
 @pytest.mark.parametrize("name", ["DDPM", "DDIM", "LCM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "EDMEuler",
-                                  "HeunDiscrete", "DPMSolverMultistep", "UniPCMultistep", "EDMDPMSolverMultistep"])
+                                  "HeunDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep",
+                                  "EDMDPMSolverMultistep"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_add_noise(name, dtype):
     ours, theirs = both(name, {})

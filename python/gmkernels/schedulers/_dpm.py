@@ -101,3 +101,22 @@ def multistep(algorithm, solver, order, to, now, before, before2):
 def shifted(levels, count, by):
     """`levels` `by` steps before each of `count` steps; before the first ones there are none, and any will do."""
     return levels.at([max(i - by, 0) for i in range(count)])
+
+
+def singlestep(algorithm, solver, order, to, now, before, start):
+    """(weight of the sample at `start`, weights of m0, m1, m2, s): the differences are taken from m at `start`."""
+    h = to.lam - start.lam
+    w = double(update(algorithm, to, start, h))
+    if order == 1:
+        return w["x"], [w["k0"]], w["s"]
+    r0 = ((now.lam - start.lam) / h).double()
+    if order == 2:
+        k1 = w[solver] / r0
+        return w["x"], [k1, w["k0"] - k1], w["s"]
+    r1 = ((before.lam - start.lam) / h).double()
+    if solver == "midpoint":
+        p, q = 0.0, w["heun"]
+    else:
+        p = (w["heun"] * r0 - 2 * w["k2"]) / (r0 - r1)  # of (m1 - m2) / r1
+        q = (2 * w["k2"] - w["heun"] * r1) / (r0 - r1)  # of (m0 - m2) / r0
+    return w["x"], [q / r0, p / r1, w["k0"] - p / r1 - q / r0], w["s"]
