@@ -452,3 +452,30 @@ def test_randn_tensor_is_the_noise_of_a_generator():
     got = s.step(m, s.timesteps[0], x, generator=g).prev_sample
     z = randn_tensor(x.shape, generator=torch.Generator().manual_seed(4), dtype=x.dtype)
     assert torch.equal(got, ops.diffusion_step(x, m, s._table(s._ready()).row(0, x), noise=z))
+
+
+def test_a_schedule_made_for_inference_has_gradients_and_the_default_device_does_not_matter():
+    x, m = pair()
+    with torch.inference_mode():
+        s = make("DPMSolverMultistepScheduler")
+    m.requires_grad_()
+    s.step(m, s.timesteps[0].item(), x).prev_sample.sum().backward()
+    assert m.grad.abs().sum() > 0
+    made = {name: make(name) for name in NAMES}
+    with torch.device("meta"):
+        for name, s in made.items():
+            s._plan = None
+            extra = {"generator": torch.Generator("cpu")} if name in NOISY else {}
+            assert s.step(m.detach(), s.timesteps[0], x, **extra).prev_sample.isfinite().all()
+
+
+def test_a_number_of_steps_that_was_set_by_hand_is_seen():
+    x, m = pair()
+    results = []
+    for module in (schedulers, diffusers):
+        s = module.DDIMScheduler()
+        s.set_timesteps(10)
+        s.step(m, 900, x)
+        s.num_inference_steps = 20
+        results.append(s.step(m, 800, x).prev_sample)
+    assert relative(*results) < 2e-6

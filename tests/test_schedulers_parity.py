@@ -49,6 +49,17 @@ def test_runs_are_diffusers(name):
             assert agree(name, config, step, steps) < limit(name, config), (config, step)
 
 
+@pytest.mark.parametrize("name, config", [
+    ("UniPCMultistep", {"disable_corrector": [0, 2, 3]}), ("UniPCMultistep", {"solver_order": 3}),
+    ("DPMSolverMultistep", {"solver_order": 3, "use_lu_lambdas": True}), ("PNDM", {"skip_prk_steps": True}),
+    ("DPMSolverMultistep", {"euler_at_final": True, "final_sigmas_type": "sigma_min"}), ("PNDM", {}),
+    ("DPMSolverSinglestep", {"solver_order": 3}), ("DPMSolverSinglestep", {"solver_order": 3, "solver_type": "heun"}),
+])  # fmt: skip
+def test_fields_that_a_few_steps_depend_on(name, config):
+    for steps in (9, 20):
+        assert agree(name, config, {}, steps) < limit(name, config)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({name for name, *_ in GRID}))
 def test_runs_are_diffusers_whole_grid(name):

@@ -25,7 +25,8 @@ class Plan:
         self.config = scheduler._internal_dict
         self.corrected = scheduler.corrected
         self.key = tuple(getattr(scheduler, name, None) for name in ("num_inference_steps", "custom_timesteps"))
-        self.version = version(self.source)
+        self.steps = scheduler.num_inference_steps if hasattr(scheduler, "num_inference_steps") else None
+        self.version = version(self.source), version(self.timesteps)
         self.times = [] if self.timesteps is None else self.timesteps.tolist()
         self.single = self.timesteps is not None and self.timesteps.dtype is torch.float32
         self.first = self.timesteps.data_ptr() if self.times else 0
@@ -38,7 +39,7 @@ class Plan:
     def fits(self, scheduler):
         return (self.timesteps is scheduler.timesteps and self.source is scheduler._source()
                 and self.config is scheduler._internal_dict and self.corrected == scheduler.corrected
-                and self.version == version(self.source))  # fmt: skip
+                and self.steps == scheduler.__dict__.get("num_inference_steps") and self.untouched())  # fmt: skip
 
     def reuse(self, before):
         """The tables of the plan before, if it was made from the same numbers: a pipeline asks for them every time."""
@@ -48,7 +49,7 @@ class Plan:
             self.tables = before.tables
 
     def untouched(self):
-        return self.version == version(self.source)
+        return self.version == (version(self.source), version(self.timesteps))
 
     def time(self, timestep):
         """The number that `timestep` is. A view of the schedule is known by its address, so nothing is read back."""

@@ -1,6 +1,5 @@
 """`step` of the DPM-Solver multistep family. The history is diffusers' own `model_outputs`."""
 
-import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from . import _dpm
@@ -77,7 +76,7 @@ class Multistep(Noised):
                 raise ValueError(f"sigmas must be one more than the {count} timesteps, got {len(sigmas)}")
             levels = _dpm.Levels(sigmas, self._kind())
             now, before, before2 = (_dpm.shifted(levels, count, by) for by in range(3))
-            to = levels.at(torch.arange(1, count + 1))
+            to = levels.at(slice(1, None))
             c1, m, s = _dpm.multistep(config.algorithm_type, config.solver_type, order, to, now, before, before2)
             A, B = self._conversion(now, sigmas[:-1])
             table = Table(count, A=A, B=B, c1=c1, s=s, **dict(zip(("c0", "c2", "c3"), m, strict=False)))

@@ -12,7 +12,7 @@ class Table:
     """
 
     def __init__(self, count, **columns):
-        self.rows = torch.zeros(count, len(COEFFICIENTS), dtype=torch.float64)
+        self.rows = torch.zeros(count, len(COEFFICIENTS), dtype=torch.float64, device="cpu")
         for name, column in columns.items():
             self.rows[:, COEFFICIENTS.index(name)] = column if isinstance(column, float) else column.double()
         self.finite = self.rows.float().isfinite().all(1).tolist()  # as the kernel would read them
@@ -32,7 +32,8 @@ class Table:
         wide = dtype is torch.float64
         given = self._on.get((device, wide))
         if given is None:
-            stacked = self.rows.to(device, torch.float64 if wide else torch.float32)
+            with torch.inference_mode(False):  # a schedule that was made for inference may be used with gradients
+                stacked = self.rows.to(device, torch.float64 if wide else torch.float32, copy=True)
             given = self._on[device, wide] = stacked, stacked.unbind()
         return given
 

@@ -7,7 +7,7 @@ from ._dpm import shifted
 
 def predictor(levels, count, order, solver, to_x0, corrected=False):
     """(weight of x, weights of m0, m1, ...) of the step from each level to the next."""
-    now, to = shifted(levels, count, 0), levels.at(torch.arange(1, count + 1))
+    now, to = shifted(levels, count, 0), levels.at(slice(1, None))
     before = [shifted(levels, count, k) for k in range(1, order)]
     x, m, residual = _weights(now, to, before, order, solver, to_x0, correct=False)
     if order == 1 and not corrected:

@@ -63,7 +63,7 @@ class DDPMScheduler(Alphas, Fused, diffusers.DDPMScheduler):
         times = self._times(plan)
         before = [*times[1:], -1]
         real, kind = self._real(), self.variance_type
-        cumulative = torch.cat([self.alphas_cumprod.cpu(), torch.ones(1)]).to(real)  # [-1]: of no time, 1
+        cumulative = torch.cat([self.alphas_cumprod.cpu(), torch.ones(1, device="cpu")]).to(real)  # [-1]: of no time, 1
         a, a_next = cumulative[times], cumulative[[-1 if t < 0 else t for t in before]]
         alpha = a / a_next
         beta = 1 - alpha
@@ -82,7 +82,7 @@ class DDPMScheduler(Alphas, Fused, diffusers.DDPMScheduler):
         else:
             raise ValueError(f"variance_type must be fixed_small, fixed_small_log, fixed_large, fixed_large_log,"
                              f" learned or learned_range, got {kind!r}")
-        s = torch.where(torch.tensor(times) > 0, s, 0.0)
+        s = torch.where(torch.tensor(times, device="cpu") > 0, s, 0.0)
         A, B = prediction(self.config.prediction_type, a, "DDPMScheduler")
         table = Table(len(times), A=A, B=B, c0=a_next.sqrt() * beta / (1 - a), c1=alpha.sqrt() * (1 - a_next) / (1 - a),
                       s=s)

@@ -1,7 +1,6 @@
 """DPM-Solver and DPM-Solver++, singlestep: a step of order k starts k - 1 times back; Lu et al. 2022."""
 
 import diffusers
-import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from . import _dpm
@@ -61,7 +60,7 @@ class DPMSolverSinglestepScheduler(Noised, diffusers.DPMSolverSinglestepSchedule
             if len(sigmas) != count + 1:
                 raise ValueError(f"sigmas must be one more than the {count} timesteps, got {len(sigmas)}")
             levels = _dpm.Levels(sigmas, self._kind())
-            to, now = levels.at(torch.arange(1, count + 1)), levels.at(slice(0, -1))
+            to, now = levels.at(slice(1, None)), levels.at(slice(0, -1))
             start = _dpm.shifted(levels, count, order - 1)
             x, m, s = _dpm.singlestep(config.algorithm_type, config.solver_type, order, to, now,
                                       _dpm.shifted(levels, count, 1), start)

@@ -44,7 +44,7 @@ class LCMScheduler(Alphas, Sigmas, diffusers.LCMScheduler):
             cumulative = torch.cat([self.alphas_cumprod.cpu(), self.final_alpha_cumprod.cpu().reshape(1)]).to(real)
             a = cumulative[times]
             a_next = cumulative[[max(t, -1) for t in [*times[1:], times[-1]]]]
-            scaled = torch.tensor(times, dtype=real) * self.config.timestep_scaling
+            scaled = torch.tensor(times, dtype=real, device="cpu") * self.config.timestep_scaling
             skip, out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
             A, B = prediction(self.config.prediction_type, a, "LCMScheduler")
             tables = plan.tables["step"] = (Table(len(times), A=A, B=B, c0=out, c1=skip),

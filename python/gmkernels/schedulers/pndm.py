@@ -64,7 +64,8 @@ class PNDMScheduler(Alphas, Fused, diffusers.PNDMScheduler):
             last, stride = self.config.num_train_timesteps, self.config.num_train_timesteps // self.num_inference_steps
             start = [t + stride for t in plan.times] if phase == "again" else plan.times
             cumulative = torch.cat([self.alphas_cumprod.cpu(), self.final_alpha_cumprod.cpu().reshape(1)])
-            cumulative = torch.cat([cumulative, torch.tensor([torch.nan])]).to(self._real())  # [-2] final, [-1] no time
+            # [-2] the final one, [-1] of no time
+            cumulative = torch.cat([cumulative, torch.tensor([torch.nan], device="cpu")]).to(self._real())
             a = cumulative[[t if t < last else -1 for t in start]]
             a_next = cumulative[[t - stride if t >= stride else -2 for t in start]]
             x = ((a_next / a) ** 0.5).double()
