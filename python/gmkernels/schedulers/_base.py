@@ -1,0 +1,202 @@
+"""What all drop-in schedulers share: construction, the plan of a run, and how its steps find their index.
+
+A scheduler here is its diffusers parent with another `step`. All state stays in the parent's own attributes, so the
+parent's `step` can take any single step that has no fused form, before and after fused ones.
+"""
+
+import functools
+import inspect
+from collections import OrderedDict
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+from .. import ops
+from ._noise import CHOICES, Noise
+
+
+class Plan:
+    """What the steps of a run need on the host. Made by `Fused._ready` from the schedule as it is at that time."""
+
+    def __init__(self, scheduler):
+        config = scheduler.config
+        self.timesteps = scheduler.timesteps
+        self.source = scheduler._source()
+        self.config = scheduler._internal_dict
+        self.corrected = scheduler.corrected
+        self.key = tuple(getattr(scheduler, name, None) for name in ("num_inference_steps", "custom_timesteps"))
+        self.steps = scheduler.num_inference_steps if hasattr(scheduler, "num_inference_steps") else None
+        self.version = version(self.source), version(self.timesteps)
+        self.times = [] if self.timesteps is None else self.timesteps.tolist()
+        self.single = self.timesteps is not None and self.timesteps.dtype is torch.float32
+        self.first = self.timesteps.data_ptr() if self.times else 0
+        self.threshold = bool(config.get("thresholding"))
+        self.clip = float(config["clip_sample_range"]) if config.get("clip_sample") and not self.threshold else None
+        self.noise = Noise()
+        self.tables = {}
+        self._indices = None
+
+    def fits(self, scheduler):
+        return (self.timesteps is scheduler.timesteps and self.source is scheduler._source()
+                and self.config is scheduler._internal_dict and self.corrected == scheduler.corrected
+                and self.steps == scheduler.__dict__.get("num_inference_steps") and self.untouched())  # fmt: skip
+
+    def reuse(self, before):
+        """The tables of the plan before, if it was made from the same numbers: a pipeline asks for them every time."""
+        if (before is not None and before.config is self.config and before.corrected == self.corrected
+                and before.key == self.key and before.times == self.times and before.source is not None
+                and before.untouched() and torch.equal(before.source, self.source)):  # fmt: skip
+            self.tables = before.tables
+
+    def untouched(self):
+        return self.version == (version(self.source), version(self.timesteps))
+
+    def time(self, timestep):
+        """The number that `timestep` is. A view of the schedule is known by its address, so nothing is read back."""
+        if not isinstance(timestep, torch.Tensor):
+            return timestep
+        if timestep.dtype is self.timesteps.dtype and timestep.device == self.timesteps.device:
+            place, rest = divmod(timestep.data_ptr() - self.first, timestep.element_size())
+            if rest == 0 and 0 <= place < len(self.times) and timestep.numel() == 1:
+                return self.times[place]
+        return timestep.item()
+
+    def indices(self):
+        """time -> index; of times that occur more than once, the second, so that a loop can begin in the middle."""
+        if self._indices is None:
+            self._indices, seen = {}, set()
+            for i, t in enumerate(self.times):
+                if t not in self._indices:
+                    self._indices[t] = i
+                elif t not in seen:
+                    self._indices[t] = i
+                    seen.add(t)
+        return self._indices
+
+
+def version(t):
+    return -1 if t is None or t.is_inference() else t._version
+
+
+class Fused:
+    """Mixed in before the diffusers class of the same name."""
+
+    corrected = False
+    noise = "auto"
+    _plan = None
+
+    def _source(self):
+        """The tensor, besides the timesteps, that the coefficients are made from."""
+        return self.alphas_cumprod
+
+    def _ready(self):
+        plan = self._plan
+        if plan is None or not plan.fits(self):
+            plan = self._plan = Plan(self)
+        return plan
+
+    def _tables(self, plan):
+        """The tables that an ordinary run needs."""
+        raise NotImplementedError
+
+    def _real(self):
+        """diffusers makes its coefficients in float32; to be equal to it means to round where it rounds."""
+        return torch.float64 if self.corrected else torch.float32
+
+
+def drop_in(cls):
+    """Give `cls` the constructor of its diffusers parent with two more keywords, and a `set_timesteps` that plans."""
+    parent = cls.__bases__[-1]
+
+    @functools.wraps(parent.__init__)
+    def __init__(self, *args, corrected=False, noise="auto", **kwargs):
+        if not isinstance(corrected, bool):
+            raise TypeError(f"corrected must be a bool, got {type(corrected).__name__}")
+        if noise not in CHOICES:
+            raise ValueError(f"noise must be one of {', '.join(CHOICES)}, got {noise!r}")
+        self.corrected, self.noise = corrected, noise
+        parent.__init__(self, *args, **kwargs)
+        # Kept in the config only where it is not the default, so that a default config is diffusers' own.
+        ours = {"corrected": corrected, "noise": noise}
+        ours = {name: value for name, value in ours.items() if value != getattr(cls, name)}
+        if ours:
+            self.register_to_config(**ours)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    signature = inspect.signature(parent.__init__)
+    __init__.__signature__ = signature.replace(parameters=[  # from_config reads the names that it may pass
+        *signature.parameters.values(),
+        inspect.Parameter("corrected", keyword, default=False, annotation=bool),
+        inspect.Parameter("noise", keyword, default="auto", annotation=str),
+    ])  # fmt: skip
+
+    @functools.wraps(parent.set_timesteps)
+    def set_timesteps(self, num_inference_steps=None, *args, **kwargs):
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        before, self._plan = self._plan, None
+        parent.set_timesteps(self, num_inference_steps, *args, **kwargs)
+        plan = self._ready()
+        plan.reuse(before)
+        for table in self._tables(plan):
+            for part in (table.parts() if plan.threshold else (table,)):
+                part.prepare(self.timesteps.device)
+
+    cls.__init__, cls.set_timesteps = __init__, set_timesteps
+    return cls
+
+
+def output(cls, **fields):
+    """``cls(**fields)`` of a diffusers output, a dict whose items are attributes too, in a fifth of its time."""
+    result = cls.__new__(cls)
+    put = OrderedDict.__setitem__
+    for name, value in fields.items():
+        put(result, name, value)
+    result.__dict__.update(fields)
+    return result
+
+
+if output(SchedulerOutput, prev_sample=0).__dict__ != SchedulerOutput(prev_sample=0).__dict__:
+    def output(cls, **fields):  # noqa: F811  a diffusers whose outputs are made in another way
+        return cls(**fields)
+
+
+def check(model_output, sample):
+    try:
+        if model_output.shape == sample.shape and sample.is_floating_point() and model_output.is_floating_point():
+            return
+    except AttributeError:
+        pass
+    for name, t in (("model_output", model_output), ("sample", sample)):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name} must be a floating tensor, got {t.dtype}")
+    if model_output.shape != sample.shape:
+        raise ValueError(f"model_output must have the shape of sample, {tuple(sample.shape)},"
+                         f" got {tuple(model_output.shape)}")
+
+
+def alike(x, *others):
+    """All tensors in one dtype, the one that holds them all."""
+    dtype = x.dtype
+    if all(t is None or t.dtype is dtype for t in others):
+        return [x, *others]
+    for t in others:
+        if t is not None and t.dtype is not dtype:
+            dtype = torch.promote_types(dtype, t.dtype)
+    return [t if t is None or t.dtype is dtype else t.to(dtype) for t in (x, *others)]
+
+
+def x0_step(scheduler, plan, table, i, x, m, history=(), variance=None, noise=False, seed=None):
+    """(next sample, x0) of row i, with the clip or the dynamic threshold of the config.
+
+    The threshold needs a quantile of x0: x0 alone, diffusers' own threshold, then the step from it.
+    """
+    if not plan.threshold:
+        return ops.diffusion_step(x, m, table.row(i, x), history=history, variance=variance, clip=plan.clip,
+                                  noise=noise, seed=seed, step=i, return_x0=True)
+    convert, given = table.parts()
+    x0 = scheduler._threshold_sample(ops.diffusion_step(x, m, convert.row(i, x)))
+    return ops.diffusion_step(x, x0, given.row(i, x), history=history, variance=variance, noise=noise, seed=seed,
+                              step=i), x0

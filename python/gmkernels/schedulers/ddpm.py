@@ -1,0 +1,96 @@
+"""Ho et al. 2020."""
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+
+from ._alphas import Alphas, prediction
+from ._base import Fused, alike, check, drop_in, output, x0_step
+from ._table import Table
+
+_LEARNED = ("learned", "learned_range")
+
+
+@drop_in
+class DDPMScheduler(Alphas, Fused, diffusers.DDPMScheduler):
+    """diffusers' :class:`DDPMScheduler` with one kernel call per step (docs/schedulers.md)."""
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        plan = self._ready()
+        log_variance = None
+        if self.variance_type in _LEARNED:
+            if model_output.dim() < 2 or model_output.shape[1] != 2 * sample.shape[1]:
+                raise ValueError(f"model_output must have {2 * sample.shape[1]} channels for variance_type"
+                                 f" {self.variance_type!r}, got shape {tuple(model_output.shape)}")
+            model_output, log_variance = model_output.split(sample.shape[1], 1)
+        check(model_output, sample)
+        i = self._index(plan, plan.time(timestep))
+        table = self._table(plan)
+        if not table.finite[i]:
+            if log_variance is not None:
+                model_output = torch.cat([model_output, log_variance], 1)
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        x, m, v = alike(sample, model_output, log_variance)
+        noise = seed = variance = None
+        if table.noisy[i]:
+            noise, seed = plan.noise.take(self.noise, i, generator, m)
+            if v is not None:
+                variance = v if self.variance_type == "learned" else self._in_range(plan, i, v)
+        prev, x0 = x0_step(self, plan, table, i, x, m, (), variance, False if noise is None else noise, seed)
+        return output(DDPMSchedulerOutput, prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
+
+    def _index(self, plan, t):
+        indices = plan.tables.get("indices")
+        if indices is None:
+            indices = plan.tables["indices"] = {t: i for i, t in reversed(list(enumerate(self._times(plan))))}
+        i = indices.get(t)
+        if i is None:
+            raise ValueError(f"timestep must be one of scheduler.timesteps, got {t}")
+        return i
+
+    def _times(self, plan):
+        if self.custom_timesteps or self.num_inference_steps:
+            return plan.times
+        return list(range(self.config.num_train_timesteps - 1, -1, -1))  # set_timesteps was not called
+
+    def _tables(self, plan):
+        return [self._table(plan)]
+
+    def _table(self, plan):
+        table = plan.tables.get(self.variance_type)
+        if table is not None:
+            return table
+        times = self._times(plan)
+        before = [*times[1:], -1]
+        real, kind = self._real(), self.variance_type
+        cumulative = torch.cat([self.alphas_cumprod.cpu(), torch.ones(1, device="cpu")]).to(real)  # [-1]: of no time, 1
+        a, a_next = cumulative[times], cumulative[[-1 if t < 0 else t for t in before]]
+        alpha = a / a_next
+        beta = 1 - alpha
+        small = ((1 - a_next) / (1 - a) * beta).clamp(min=1e-20)
+        if kind == "fixed_small":
+            s = small.sqrt()
+        elif kind == "fixed_small_log":
+            s = (0.5 * small.log()).exp()
+        elif kind == "fixed_large":
+            s = beta.sqrt()
+        elif kind == "fixed_large_log":  # diffusers takes the root of the logarithm: not a number
+            s = beta.sqrt() if self.corrected else beta.log().sqrt()
+        elif kind in _LEARNED:
+            s = torch.ones_like(beta)
+            plan.tables["range"] = small.log().double().tolist(), beta.log().double().tolist()
+        else:
+            raise ValueError(f"variance_type must be fixed_small, fixed_small_log, fixed_large, fixed_large_log,"
+                             f" learned or learned_range, got {kind!r}")
+        s = torch.where(torch.tensor(times, device="cpu") > 0, s, 0.0)
+        A, B = prediction(self.config.prediction_type, a, "DDPMScheduler")
+        table = Table(len(times), A=A, B=B, c0=a_next.sqrt() * beta / (1 - a), c1=alpha.sqrt() * (1 - a_next) / (1 - a),
+                      s=s)
+        plan.tables[kind] = table
+        return table
+
+    @staticmethod
+    def _in_range(plan, i, v):
+        """Nichol & Dhariwal 2021, equation 15: between the two logarithms."""
+        low, high = (logs[i] for logs in plan.tables["range"])
+        return torch.exp((v + 1) * (0.5 * (high - low)) + low)

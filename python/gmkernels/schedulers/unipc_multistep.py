@@ -1,0 +1,110 @@
+"""UniPC: predictor and corrector; Zhao et al. 2023."""
+
+import diffusers
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+from .. import ops
+from . import _dpm, _unipc
+from ._base import alike, check, drop_in, output
+from ._sigmas import Noised
+from ._table import Table
+
+
+@drop_in
+class UniPCMultistepScheduler(Noised, diffusers.UniPCMultistepScheduler):
+    """diffusers' :class:`UniPCMultistepScheduler` with one kernel call per step without the corrector, two with it,
+    three of order 3 (docs/schedulers.md)."""
+
+    _absent_is_last = True
+
+    def step(self, model_output, timestep, sample, return_dict=True):
+        plan = self._ready()
+        i = self._begin(plan, timestep)
+        config, outputs = self.config, self.model_outputs
+        order = config.solver_order
+        if config.lower_order_final:
+            order = min(order, len(plan.times) - i)
+        order = min(order, self.lower_order_nums + 1)
+        correct = self.last_sample is not None and i > 0 and i - 1 not in self.disable_corrector
+        predict = self._predictor(plan, order) if order <= 3 else None
+        mend = self._corrector(plan, self.this_order) if correct and self.this_order <= 3 else None
+        if (predict is None or not predict.finite[i] or (correct and (mend is None or not mend.finite[i]))
+                or self.solver_p is not None or (plan.threshold and not self.predict_x0)):  # fmt: skip
+            return super().step(model_output, timestep, sample, return_dict)
+        check(model_output, sample)
+        earlier = outputs[::-1]
+        x, m, last, *earlier = alike(sample, model_output, self.last_sample, *earlier)  # m0, m1, m2 of the step before
+        if plan.threshold:
+            m = self._threshold_sample(ops.diffusion_step(x, m, self._predictor(plan, 1).parts()[0].row(i, x)))
+        if correct:
+            if plan.threshold:
+                mend = mend.parts()[1]
+            if self.this_order < 3:
+                x, m = ops.diffusion_step(x, m, mend.row(i, x), history=(last, *earlier[:2]), return_x0=True)
+            else:
+                x, m = ops.diffusion_step(x, m, mend.row(i, x), history=tuple(earlier[:3]), return_x0=True)
+                ops.diffusion_step(x, last, plan.tables["last"].row(i, x), out=x)
+        if correct or plan.threshold:
+            prev = ops.diffusion_step(x, m, predict.parts()[1].row(i, x), history=tuple(earlier[: order - 1]))
+        else:
+            prev, m = ops.diffusion_step(x, m, predict.row(i, x), history=tuple(earlier[: order - 1]), return_x0=True)
+        if prev.dtype is not sample.dtype:
+            prev, x = prev.to(sample.dtype), x.to(sample.dtype)
+        for history, newest in ((outputs, m), (self.timestep_list, timestep)):
+            history.append(newest)
+            del history[0]
+        self.this_order, self.last_sample = order, x
+        if self.lower_order_nums < config.solver_order:
+            self.lower_order_nums += 1
+        self._step_index = i + 1
+        return output(SchedulerOutput, prev_sample=prev) if return_dict else (prev,)
+
+    def _kind(self):
+        return "flow" if self.config.use_flow_sigmas else "vp"
+
+    def _signal_and_noise(self, sigma):
+        return _dpm.signal_and_noise(sigma, self._kind())
+
+    def _tables(self, plan):
+        tables = []
+        for order in range(1, min(self.config.solver_order, 3) + 1):
+            for table in (self._predictor(plan, order), self._corrector(plan, order)):
+                tables += (table, table.parts()[1])
+        return tables + [plan.tables[name] for name in ("last",) if name in plan.tables]
+
+    def _common(self, plan):
+        found = plan.tables.get("levels")
+        if found is None:
+            sigmas, count = self._levels(), len(plan.times)
+            if len(sigmas) != count + 1:
+                raise ValueError(f"sigmas must be one more than the {count} timesteps, got {len(sigmas)}")
+            levels = _dpm.Levels(sigmas, self._kind())
+            A, B = _dpm.conversion(self.config.prediction_type, not self.predict_x0, levels.at(slice(0, -1)),
+                                   sigmas[:-1], "UniPCMultistepScheduler")
+            found = plan.tables["levels"] = levels, A, B
+        return found
+
+    def _predictor(self, plan, order):
+        table = plan.tables.get(("predictor", order))
+        if table is None:
+            levels, A, B = self._common(plan)
+            count = len(plan.times)
+            x, m = _unipc.predictor(levels, count, order, self.config.solver_type, self.predict_x0,
+                                   self.corrected)
+            columns = dict(zip(("c0", "c2", "c3"), m, strict=False))
+            table = plan.tables["predictor", order] = Table(count, A=A, B=B, c1=x, **columns)
+        return table
+
+    def _corrector(self, plan, order):
+        """history: the last sample, m0, m1. Of order 3: m0, m1, m2, and a call of its own adds the last sample."""
+        table = plan.tables.get(("corrector", order))
+        if table is None:
+            levels, A, B = self._common(plan)
+            count = len(plan.times)
+            x, m, new = _unipc.corrector(levels, count, order, self.config.solver_type, self.predict_x0)
+            if order == 3:
+                plan.tables["last"] = Table(count, B=1.0, c0=x, c1=1.0)
+            weights = m if order == 3 else [x, *m]
+            columns = dict(zip(("c2", "c3", "c4"), weights, strict=False))
+            table = plan.tables["corrector", order] = Table(count, A=A, B=B, c0=new, **columns)
+        return table
