@@ -7,6 +7,7 @@ from .gmm_features import gmm_condition, gmm_impute, gmm_marginal
 from .gmm_fit import GmmFit, gmm_fit
 from .gmm_inference import gmm_posterior_mean, gmm_sample, gmm_score
 from .kmeans import KMeansResult, kmeans, kmeans_plus_plus
+from .likelihood import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
 from .masked_conv import masked_conv2d
 from .random import philox_normal, philox_uniform
 
@@ -18,6 +19,8 @@ __all__ = [
     "GmmStatistics",
     "KMeansResult",
     "diffusion_step",
+    "discretized_logistic_mixture_nll",
+    "discretized_logistic_mixture_sample",
     "gmm_condition",
     "gmm_em_statistics",
     "gmm_impute",
