@@ -20,7 +20,10 @@ struct Scalar {
   static GMK_DEV T exp_nonpositive(T x) { return ::exp(x); }
   static GMK_DEV T log(T x) { return ::log(x); }
   static GMK_DEV T log1p(T x) { return ::log1p(x); }
-  static GMK_DEV T tanh(T x) { return ::tanh(x); }
+  static GMK_DEV void tanh(T x, T* whole, T* part) {
+    *whole = 0;
+    *part = ::tanh(x);
+  }
   static GMK_DEV void exp_and_expm1(T w, T* e, T* u) {
     *e = ::exp(-w);
     *u = -::expm1(-w);

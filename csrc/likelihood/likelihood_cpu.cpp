@@ -48,6 +48,25 @@ GMK_INLINE void exp_and_expm1(vdouble w, vdouble* e, vdouble* u) {
   *u = madd(-s, p, splat(1.0) - s);
 }
 
+// tanh as a whole number -1, 0 or 1 and the rest, whose rounding is less than that of the sum.
+GMK_INLINE void tanh_parts(vfloat x, vfloat* whole, vfloat* part) {
+  const vint sign = (vint)x & (vint)splat(-0.0f);
+  const vfloat a = (vfloat)((vint)x & 0x7FFFFFFF), e = vexp(a * splat(-2.0f)), z = x * x;
+  vfloat p = splat(-5.70498872745e-3f);
+  p = madd(p, z, splat(2.06390887954e-2f));
+  p = madd(p, z, splat(-5.37397155531e-2f));
+  p = madd(p, z, splat(1.33314422036e-1f));
+  p = madd(p, z, splat(-3.33332819422e-1f));
+  p = madd(p * z, a, a);
+  const vint small = a < splat(0.625f);
+  *whole = select(small, vfloat{}, (vfloat)((vint)splat(1.0f) | sign));
+  *part = (vfloat)((vint)select(small, p, splat(-2.0f) * e / (splat(1.0f) + e)) ^ sign);
+}
+GMK_INLINE void tanh_parts(vdouble x, vdouble* whole, vdouble* part) {
+  *whole = vdouble{};
+  *part = vtanh(x);
+}
+
 template <class T>
 struct Word {
   using V = typename simd<T>::v;
@@ -56,7 +75,7 @@ struct Word {
   GMK_HD_MEMBER static V exp(V x) { return vexp(x); }
   GMK_HD_MEMBER static V exp_nonpositive(V x) { return vexp_nonpositive(x); }
   GMK_HD_MEMBER static V log(V x) { return vlog(x); }
-  GMK_HD_MEMBER static V tanh(V x) { return vtanh(x); }
+  GMK_HD_MEMBER static void tanh(V x, V* whole, V* part) { tanh_parts(x, whole, part); }
   GMK_HD_MEMBER static V log1p(V x) {  // of 0 .. 1; what the sum rounds off, the quotient puts back
     const V u = x + T(1), d = u - T(1);
     const I lost = (I)(d == V{});

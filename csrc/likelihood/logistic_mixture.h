@@ -121,22 +121,33 @@ GMK_HD typename Ops::V logistic_pixel(const LogisticShape& shape, double weight,
   V best = zero;
   for (int64_t m = 0; m < shape.mixtures; ++m) {
     const int64_t at = m * rows.step;
-    V k[3] = {}, slope[3] = {};
+    V whole[3] = {}, part[3] = {},
+      slope[3] = {};  // a coefficient is whole + part, of slope as a function of what is read
     if (C == 3) {
       GMK_UNROLL
       for (int j = 0; j < 3; ++j) {
         const V raw = tile.get(rows.coefficient + j * rows.coefficient_step + at);
-        k[j] = kind == kTfp ? raw : Ops::tanh(raw);
-        slope[j] = kind == kTfp ? one : Ops::madd(-k[j], k[j], one);
+        part[j] = raw;
+        slope[j] = one;
+        if (kind != kTfp) {
+          Ops::tanh(raw, &whole[j], &part[j]);
+          const V k = whole[j] + part[j];
+          slope[j] = Ops::madd(-k, k, one);
+        }
       }
     }
     V log_p = tile.get(rows.logit + at) - normaliser;
     GMK_UNROLL
     for (int c = 0; c < C; ++c) {
       const int64_t mean = rows.mean + c * rows.mean_step + at, scale = rows.scale + c * rows.mean_step + at;
-      V distance = x[c] - tile.get(mean);
-      if (c == 1) distance = Ops::madd(-k[0], x[0], distance);
-      if (c == 2) distance = Ops::madd(-k[2], x[1], Ops::madd(-k[1], x[0], distance));
+      const V mu = tile.get(mean);
+      V distance = x[c] - mu;
+      if (c) {  // a narrow component makes 1000 times as much of what is rounded off here
+        const V back = distance - x[c], lost = (x[c] - (distance - back)) - (mu + back);
+        for (int j = c * (c - 1) / 2, before = 0; before < c; ++j, ++before)
+          distance = Ops::madd(-part[j], x[before], distance - whole[j] * x[before]);
+        distance = distance + lost;
+      }
       const auto p = logistic_channel<Ops, kind, kGradient>(distance, tile.get(scale), low[c], high[c], half, few);
       log_p = log_p + p.log_p;
       if (kGradient) {

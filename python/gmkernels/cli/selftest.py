@@ -162,6 +162,30 @@ def _kmeans_plus_plus(device):
     )
 
 
+def _pixels(device):
+    """Parameters of 4 components, and x on the grid of 256 values."""
+    x = (127.5 + 60 * _data(device, 2, 3, 9, 11, seed=1)).round().clamp(0, 255) / 127.5 - 1
+    return _data(device, 2, 40, 9, 11), x
+
+
+def _discretized_logistic_mixture_nll(device):
+    params, x = _pixels(device)
+    f = reference.likelihood.discretized_logistic_mixture_nll
+    return (
+        lambda: ops.discretized_logistic_mixture_nll(params, x, 4, reduction="none"),
+        lambda: f(*_in_float64(params, x), 4, "openai", -1.0, 1.0, 256, "none", 0)[0],
+    )
+
+
+def _discretized_logistic_mixture_sample(device):
+    params, _ = _pixels(device)
+    f = reference.likelihood.discretized_logistic_mixture_sample
+    return (
+        lambda: ops.discretized_logistic_mixture_sample(params, 4, seed=7),
+        lambda: f(*_in_float64(params), None, 4, "openai", -1.0, 1.0, 256, 3, 7, 1.0),
+    )
+
+
 def _masked_conv2d(device):
     x, bias = _data(device, 2, 9, 11, 13), _data(device, 16, seed=2)
     weight = _data(device, 16, 9, 3, 3, seed=1) / 6
@@ -176,6 +200,8 @@ CASES = {
     "philox_normal": _philox_normal,
     "philox_uniform": _philox_uniform,
     "diffusion_step": _diffusion_step,
+    "discretized_logistic_mixture_nll": _discretized_logistic_mixture_nll,
+    "discretized_logistic_mixture_sample": _discretized_logistic_mixture_sample,
     "gmm_condition": _gmm_condition,
     "gmm_em_statistics": _gmm_em_statistics,
     "gmm_impute": _gmm_impute,

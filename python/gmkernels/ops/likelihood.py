@@ -136,8 +136,8 @@ def discretized_logistic_mixture_nll(params, x, num_mixtures=10, *, mode="exact"
     With ``x`` scaled to [-1, 1], ``h = 1 / (levels - 1)`` and ``i`` the reciprocal scale,
     ``P = sigma(p) - sigma(q)``, ``p, q = i (x - mean +- h)``; the lowest bin takes all that is below it
     (``sigma(q) = 0``), the highest all above (``sigma(p) = 1``). ``nll = -logsumexp_m(log_softmax(logits)_m + sum_c log
-    P_mc)``, where the mean of green is ``mean + k0 red`` and that of blue ``mean + k1 red + k2 green``. Computed without
-    a small difference and without a branch: exact to rounding, and so is the gradient, made in the same pass.
+    P_mc)``, where the mean of green is ``mean + k0 red`` and that of blue ``mean + k1 red + k2 green``. No difference
+    of near numbers is taken and there is no branch: exact to rounding, and so is the gradient, made in the same pass.
 
     Args:
         params: ``[b, n, ...]``, contiguous or channels_last (the gradient has the same format), n = 10 num_mixtures for
@@ -145,7 +145,7 @@ def discretized_logistic_mixture_nll(params, x, num_mixtures=10, *, mode="exact"
         x: ``[b, 1 or 3, ...]``, the ``levels`` values from ``low`` to ``high``; params' dtype, or integers. What lies
             between two values counts as a bin of the same width around it.
         num_mixtures: M, at most 512.
-        mode: ``"exact"``, or ``"openai"``: the classic loss, which takes the density in the middle of the bin for
+        mode: ``"exact"``, or ``"openai"``: the classic loss, which takes the density in the middle of the bin where
             ``P <= 1e-5``: another function with another gradient.
         parametrization: ``"openai"``: M logits, then for each data channel M means, M log-scales (at least -7) and,
             with three channels, M coefficients (k0, k1, k2 in turn) under tanh. ``"tfp"``: for each component its
@@ -154,8 +154,8 @@ def discretized_logistic_mixture_nll(params, x, num_mixtures=10, *, mode="exact"
         reduction: ``"none"`` ``[b, ...]`` a pixel; ``"image"`` ``[b]`` sums; ``"sum"``; ``"mean"`` over pixels.
 
     float32 and float64 have kernels; bfloat16 and float16 params, and all under autocast, are computed in float32.
-    Besides its inputs, backward keeps the gradient only, and scales it in place. Higher derivatives, forward-mode AD and
-    vmap are plain torch.
+    Besides its inputs, backward keeps the gradient only, and scales it in place. Higher derivatives, forward-mode AD
+    and vmap are plain torch.
 
     A pixel with a NaN parameter, or with an ``x`` outside [low, high] or NaN, has nll NaN and gradient NaN, and no
     other has. A logit of ``-inf`` leaves its component out.
@@ -213,8 +213,8 @@ def discretized_logistic_mixture_sample(params, num_mixtures=10, *, seed=None, t
     r"""Pixels drawn from a mixture of discretized logistics: on the grid, reproducible on every device.
 
     A pixel draws its component, then its channels in turn: ``x_c = mean_c + temperature scale_c log(u / (1 - u))``,
-    rounded to the nearest of the ``levels`` values *before* the next channel's mean is computed from it: the distribution
-    of :func:`discretized_logistic_mixture_nll`, exactly (OpenAI's and TFP's samplers condition on unrounded values).
+    rounded to the nearest of the ``levels`` values *before* the next channel's mean is computed from it. That is the
+    distribution of :func:`discretized_logistic_mixture_nll`; OpenAI's and TFP's samplers condition on unrounded values.
 
     Args:
         params, num_mixtures, parametrization, low, high, levels: as there.
@@ -223,8 +223,9 @@ def discretized_logistic_mixture_sample(params, num_mixtures=10, *, seed=None, t
             block p of stream 7: word 0 for the component, words 1 to 3 for the channels (docs/random-numbers.md).
         temperature: divides the logits and multiplies the scales. 0: the component of the largest logit, its means.
 
-    Returns: ``[b, 3, ...]`` for 10 num_mixtures channels, ``[b, 1, ...]`` for 3 num_mixtures, in params' dtype and memory
-    format, without gradients. A pixel with a NaN logit, without a finite logit, or with a NaN in its component is NaN.
+    Returns: ``[b, 3, ...]`` for 10 num_mixtures channels, ``[b, 1, ...]`` for 3 num_mixtures, in params' dtype and
+    memory format, without gradients. A pixel with a NaN or +inf logit, without a finite one, or with a NaN in its
+    component is NaN.
 
     Errors: ``ValueError`` for shapes, options, and a negative or infinite temperature; ``TypeError`` for dtypes.
 

@@ -22,10 +22,10 @@ def parameters(params, channels, m, kind):
     [b, 3, m, ...]: of red for green, of red for blue, of green for blue."""
     b, rest = params.shape[0], params.shape[2:]
     if kind == "tfp":
-        p = params.reshape(b, m, -1, *rest).transpose(1, 2)
+        p = params.reshape(b, m, params.shape[1] // m, *rest).transpose(1, 2)
         logits, means, raw, k = p[:, 0], p[:, 1 : 1 + channels], p[:, 1 + channels : 1 + 2 * channels], p[:, 7:]
         return logits, means, 1 / (math.exp(-7) - F.logsigmoid(-raw)), k
-    logits, p = params[:, :m], params[:, m:].reshape(b, channels, -1, m, *rest)
+    logits, p = params[:, :m], params[:, m:].reshape(b, channels, (params.shape[1] // m - 1) // channels, m, *rest)
     return logits, p[:, :, 0], torch.exp(-p[:, :, 1].clamp(min=-7)), torch.tanh(p[:, :, 2]) if channels == 3 else None
 
 
