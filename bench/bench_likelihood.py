@@ -1,6 +1,6 @@
 """The likelihood heads beside the forms that a torch user writes.
 
-Parameters as of a trained network: means within 0.05 of the pixel, log-scales -6 to -3; pixels of scikit-learn's china.jpg.
+Parameters as of a trained network (means within 0.05 of the pixel, log-scales -6 to -3); pixels of china.jpg.
 """
 
 import math

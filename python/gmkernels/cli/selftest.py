@@ -186,6 +186,36 @@ def _discretized_logistic_mixture_sample(device):
     )
 
 
+def _discretized_logistic_nll(device):
+    params, x = _pixels(device)
+    options = {"reduction": "none"}
+    return _in_both(lambda p, x: ops.discretized_logistic_nll(p[:, :3], p[:, 3:6], x, **options), params, (x,))
+
+
+def _categorical_nll(device):
+    logits, x = _data(device, 2, 17, 9, 11), (_data(device, 2, 9, 11, seed=1).abs() * 4).long()
+    return (
+        lambda: ops.categorical_nll(logits, x, reduction="none"),
+        lambda: -torch.log_softmax(logits.cpu().double(), 1).gather(1, x.cpu()[:, None])[:, 0],
+    )
+
+
+def _gaussian_nll(device):
+    x, mean, log_std = (_data(device, 2, 99, seed=seed) for seed in range(3))
+    return (
+        lambda: ops.gaussian_nll(mean, log_std, x, reduction="none"),
+        lambda: -torch.distributions.Normal(mean.cpu().double(), log_std.cpu().double().exp()).log_prob(x.cpu().double()),
+    )
+
+
+def _bernoulli_nll(device):
+    logits, x = _data(device, 2, 99), (_data(device, 2, 99, seed=1) > 0).float()
+    return (
+        lambda: ops.bernoulli_nll(logits, x, reduction="none"),
+        lambda: -torch.distributions.Bernoulli(logits=logits.cpu().double()).log_prob(x.cpu().double()),
+    )
+
+
 def _masked_conv2d(device):
     x, bias = _data(device, 2, 9, 11, 13), _data(device, 16, seed=2)
     weight = _data(device, 16, 9, 3, 3, seed=1) / 6
@@ -200,6 +230,10 @@ CASES = {
     "philox_normal": _philox_normal,
     "philox_uniform": _philox_uniform,
     "diffusion_step": _diffusion_step,
+    "bernoulli_nll": _bernoulli_nll,
+    "categorical_nll": _categorical_nll,
+    "gaussian_nll": _gaussian_nll,
+    "discretized_logistic_nll": _discretized_logistic_nll,
     "discretized_logistic_mixture_nll": _discretized_logistic_mixture_nll,
     "discretized_logistic_mixture_sample": _discretized_logistic_mixture_sample,
     "gmm_condition": _gmm_condition,
