@@ -66,9 +66,18 @@ def test_openai_mode_is_the_classic_loss(near):
     params = params.requires_grad_()
     want = classic(x, params, 10)
     # softplus of torch is linear from 20 on: 2e-9
-    close(loss_and_gradient(params, x, 10, mode="openai"),
-          (want.detach(), torch.autograd.grad(want.sum(), params)[0]), 1e-7)
-    assert not near or (loss_and_gradient(params, x, 10)[0] - want).abs().max() > 1e-4
+    gradient = torch.autograd.grad(want.sum(), params)[0]
+    close(loss_and_gradient(params, x, 10, mode="openai"), (want.detach(), gradient), 1e-7)
+
+
+def test_modes_differ_below_1e_5(device):
+    """20 scales away: the classic loss takes a bin of 3 scales for its middle, log(sinh(d / 2) / (d / 2))."""
+    params = torch.tensor([0.0, 0.05, -6.0], dtype=F64, device=device.torch).view(1, 3, 1)
+    x = torch.full((1, 1, 1), 1 / 255, dtype=F64, device=device.torch)
+    (exact, gradient), (loose, other) = (loss_and_gradient(params, x, 1, mode=mode) for mode in ("exact", "openai"))
+    width = math.exp(6) / 255
+    assert (loose - exact).item() == pytest.approx(math.log(math.sinh(width) / width), rel=1e-6)
+    assert (other - gradient)[0, 2].abs().item() > 0.1
 
 
 def tfp(x, params, m):
@@ -141,7 +150,7 @@ def test_gradient_error_of_trained_parameters(isa):
     loss, gradient = loss_and_gradient(params, x, 10)
     want = oracle(params, x, 10)
     assert (gradient - want[1]).abs().max() <= 1e-5 * want[1].abs().max()
-    assert (loss - want[0]).abs().max() <= 1e-6 * want[0].abs().max()
+    assert (loss - want[0]).abs().max() <= 3e-6 * want[0].abs().max()
 
 
 def test_far_tails_and_wide_scales(device):

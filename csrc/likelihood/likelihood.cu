@@ -8,7 +8,9 @@
 namespace gmk {
 namespace {
 
-constexpr int kThreads = 64;
+constexpr int kThreads = 64, kSampleThreads = 128;
+// Blocks of a multiprocessor, at least: without it ptxas spills to stay at 64 registers.
+constexpr int kBlocks = 8, kSampleBlocks = 4;
 constexpr int64_t kTileBytes = 40 << 10;  // more blocks of a multiprocessor, and no more than any GPU has
 
 template <class T>
@@ -48,7 +50,7 @@ struct Column {
 };
 
 template <class T, int C, int kind, bool kGradient>
-__global__ void __launch_bounds__(kThreads) logistic_mixture_nll_kernel(LogisticMixtureNll a) {
+__global__ void __launch_bounds__(kThreads, kBlocks) logistic_mixture_nll_kernel(LogisticMixtureNll a) {
   GMK_DYN_SHARED(shared);
   T* const tile = reinterpret_cast<T*>(shared);
   const LogisticShape& shape = a.shape;
@@ -118,7 +120,8 @@ Status of_channels(const LogisticMixtureNll& a, void* stream) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(256) logistic_mixture_sample_kernel(LogisticMixtureSample a) {
+__global__ void __launch_bounds__(kSampleThreads, kSampleBlocks)
+    logistic_mixture_sample_kernel(LogisticMixtureSample a) {
   const int64_t total = a.shape.b * a.shape.pixels, stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t pixel = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; pixel < total; pixel += stride)
     logistic_sample_pixel<T>(a, pixel);
@@ -143,9 +146,10 @@ Status logistic_mixture_nll_cuda(const LogisticMixtureNll& a, int device, void* 
 Status logistic_mixture_sample_cuda(const LogisticMixtureSample& a, int device, void* stream) {
   if (a.shape.b <= 0 || a.shape.pixels <= 0) return kOk;
   const DeviceGuard guard(device);
-  const unsigned grid = grid_for(a.shape.b * a.shape.pixels, 256);
-  if (a.shape.dtype == kFloat64) return GMK_LAUNCH((logistic_mixture_sample_kernel<double>), grid, 256, 0, stream, a);
-  return GMK_LAUNCH((logistic_mixture_sample_kernel<float>), grid, 256, 0, stream, a);
+  const unsigned grid = grid_for(a.shape.b * a.shape.pixels, kSampleThreads);
+  if (a.shape.dtype == kFloat64)
+    return GMK_LAUNCH((logistic_mixture_sample_kernel<double>), grid, kSampleThreads, 0, stream, a);
+  return GMK_LAUNCH((logistic_mixture_sample_kernel<float>), grid, kSampleThreads, 0, stream, a);
 }
 Status scale_in_place_cuda(const ScaleInPlace& a, int device, void* stream) {
   if (a.n <= 0) return kOk;

@@ -45,11 +45,15 @@ GMK_HD void logistic_sample_pixel(const LogisticMixtureSample& a, int64_t pixel)
     }
   }
   double x[3] = {};
-  for (int64_t c = 0; c < channels; ++c) {
+  GMK_UNROLL
+  for (int c = 0; c < 3; ++c) {  // unrolled: x stays in registers
+    if (c >= channels) break;
     const int64_t offset = c * rows.mean_step + best * rows.step;
     double value = at(rows.mean + offset);
     const double raw = at(rows.scale + offset);
-    for (int64_t j = c * (c - 1) / 2, before = 0; before < c; ++j, ++before) {
+    GMK_UNROLL
+    for (int before = 0; before < c; ++before) {
+      const int j = c * (c - 1) / 2 + before;
       const double k = at(rows.coefficient + j * rows.coefficient_step + best * rows.step);
       value += (s.kind == kTfp ? k : tanh(k)) * x[before];
     }

@@ -5,6 +5,7 @@ A new op is one entry of CASES: device -> (the call, the same by the reference i
 
 import contextlib
 import inspect
+import math
 import os
 import signal
 import sys
@@ -204,7 +205,8 @@ def _gaussian_nll(device):
     x, mean, log_std = (_data(device, 2, 99, seed=seed) for seed in range(3))
     return (
         lambda: ops.gaussian_nll(mean, log_std, x, reduction="none"),
-        lambda: -torch.distributions.Normal(mean.cpu().double(), log_std.cpu().double().exp()).log_prob(x.cpu().double()),
+        lambda: sum(0.5 * math.log(2 * math.pi) + s + 0.5 * ((x - m) / s.exp()).square()
+                    for x, m, s in [_in_float64(x, mean, log_std)]),
     )
 
 
