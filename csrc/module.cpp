@@ -13,6 +13,7 @@ void bind_gmm_em(py::module_&);
 void bind_kmeans(py::module_&);
 void bind_gmm_fit(py::module_&);
 void bind_masked_conv(py::module_&);
+void bind_likelihood(py::module_&);
 
 #ifdef GMK_WITH_CUDA
 Status cuda_probe(int* runtime, int* driver, int* devices);  // cuda/probe.cu
@@ -29,6 +30,7 @@ PYBIND11_MODULE(_C, m) {
   bind_kmeans(m);
   bind_gmm_fit(m);
   bind_masked_conv(m);
+  bind_likelihood(m);
 
   m.def("adopt_torch", adopt_torch);
   m.def("isa", [] { return isa_name(isa_current()); });

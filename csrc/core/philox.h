@@ -102,6 +102,7 @@ enum PhiloxStream : uint32_t {
   kStreamGmmComponent = 3,
   kStreamGmmNormal = 4,
   kStreamGmmFit = 6,
+  kStreamLogisticMixture = 7,
 };
 
 }  // namespace gmk

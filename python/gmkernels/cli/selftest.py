@@ -5,6 +5,7 @@ A new op is one entry of CASES: device -> (the call, the same by the reference i
 
 import contextlib
 import inspect
+import math
 import os
 import signal
 import sys
@@ -162,6 +163,61 @@ def _kmeans_plus_plus(device):
     )
 
 
+def _pixels(device):
+    """Parameters of 4 components, and x on the grid of 256 values."""
+    x = (127.5 + 60 * _data(device, 2, 3, 9, 11, seed=1)).round().clamp(0, 255) / 127.5 - 1
+    return _data(device, 2, 40, 9, 11), x
+
+
+def _discretized_logistic_mixture_nll(device):
+    params, x = _pixels(device)
+    f = reference.likelihood.discretized_logistic_mixture_nll
+    return (
+        lambda: ops.discretized_logistic_mixture_nll(params, x, 4, reduction="none"),
+        lambda: f(*_in_float64(params, x), 4, "openai", -1.0, 1.0, 256, "none", 0)[0],
+    )
+
+
+def _discretized_logistic_mixture_sample(device):
+    params, _ = _pixels(device)
+    f = reference.likelihood.discretized_logistic_mixture_sample
+    return (
+        lambda: ops.discretized_logistic_mixture_sample(params, 4, seed=7),
+        lambda: f(*_in_float64(params), None, 4, "openai", -1.0, 1.0, 256, 3, 7, 1.0),
+    )
+
+
+def _discretized_logistic_nll(device):
+    params, x = _pixels(device)
+    options = {"reduction": "none"}
+    return _in_both(lambda p, x: ops.discretized_logistic_nll(p[:, :3], p[:, 3:6], x, **options), params, (x,))
+
+
+def _categorical_nll(device):
+    logits, x = _data(device, 2, 17, 9, 11), (_data(device, 2, 9, 11, seed=1).abs() * 4).long()
+    return (
+        lambda: ops.categorical_nll(logits, x, reduction="none"),
+        lambda: -torch.log_softmax(logits.cpu().double(), 1).gather(1, x.cpu()[:, None])[:, 0],
+    )
+
+
+def _gaussian_nll(device):
+    x, mean, log_std = (_data(device, 2, 99, seed=seed) for seed in range(3))
+    return (
+        lambda: ops.gaussian_nll(mean, log_std, x, reduction="none"),
+        lambda: sum(0.5 * math.log(2 * math.pi) + s + 0.5 * ((x - m) / s.exp()).square()
+                    for x, m, s in [_in_float64(x, mean, log_std)]),
+    )
+
+
+def _bernoulli_nll(device):
+    logits, x = _data(device, 2, 99), (_data(device, 2, 99, seed=1) > 0).float()
+    return (
+        lambda: ops.bernoulli_nll(logits, x, reduction="none"),
+        lambda: -torch.distributions.Bernoulli(logits=logits.cpu().double()).log_prob(x.cpu().double()),
+    )
+
+
 def _masked_conv2d(device):
     x, bias = _data(device, 2, 9, 11, 13), _data(device, 16, seed=2)
     weight = _data(device, 16, 9, 3, 3, seed=1) / 6
@@ -176,6 +232,12 @@ CASES = {
     "philox_normal": _philox_normal,
     "philox_uniform": _philox_uniform,
     "diffusion_step": _diffusion_step,
+    "bernoulli_nll": _bernoulli_nll,
+    "categorical_nll": _categorical_nll,
+    "gaussian_nll": _gaussian_nll,
+    "discretized_logistic_nll": _discretized_logistic_nll,
+    "discretized_logistic_mixture_nll": _discretized_logistic_mixture_nll,
+    "discretized_logistic_mixture_sample": _discretized_logistic_mixture_sample,
     "gmm_condition": _gmm_condition,
     "gmm_em_statistics": _gmm_em_statistics,
     "gmm_impute": _gmm_impute,

@@ -7,6 +7,8 @@ from .gmm_features import gmm_condition, gmm_impute, gmm_marginal
 from .gmm_fit import GmmFit, gmm_fit
 from .gmm_inference import gmm_posterior_mean, gmm_sample, gmm_score
 from .kmeans import KMeansResult, kmeans, kmeans_plus_plus
+from .likelihood import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
+from .likelihood_elements import bernoulli_nll, categorical_nll, discretized_logistic_nll, gaussian_nll
 from .masked_conv import masked_conv2d
 from .random import philox_normal, philox_uniform
 
@@ -17,7 +19,13 @@ __all__ = [
     "GmmParameters",
     "GmmStatistics",
     "KMeansResult",
+    "bernoulli_nll",
+    "categorical_nll",
     "diffusion_step",
+    "discretized_logistic_mixture_nll",
+    "discretized_logistic_mixture_sample",
+    "discretized_logistic_nll",
+    "gaussian_nll",
     "gmm_condition",
     "gmm_em_statistics",
     "gmm_impute",

@@ -1,0 +1,73 @@
+// One pixel drawn from its discretized logistic mixture, in float64 on every device: they differ only where the logarithms of
+// two libraries do, in the last bit.
+#pragma once
+#include <math.h>
+
+#include "likelihood/logistic_mixture.h"
+
+namespace gmk {
+
+GMK_HD double logistic_uniform(uint32_t word) { return (double(word) + 0.5) * 2.3283064365386963e-10; }
+
+template <class T>
+GMK_HD void logistic_sample_pixel(const LogisticMixtureSample& a, int64_t pixel) {
+  const LogisticShape& s = a.shape;
+  const LogisticRows rows = logistic_rows(s);
+  const int64_t image = pixel / s.pixels, inside = pixel % s.pixels, channels = s.data_channels;
+  const int64_t step = s.last ? 1 : s.pixels;  // from a channel to the next
+  const T* const params =
+      static_cast<const T*>(a.params) + (s.last ? pixel * rows.count : image * rows.count * s.pixels + inside);
+  T* const out = static_cast<T*>(a.x) + (s.last ? pixel * channels : image * channels * s.pixels + inside);
+  const auto at = [&](int64_t row) { return double(params[row * step]); };
+  const bool own = a.seed_rows > 1;
+  const PhiloxKey key = philox_key(a.seeds ? uint64_t(a.seeds[own ? image : 0]) : a.seed);
+  const PhiloxWords words = philox(uint64_t(own ? inside : pixel), 0, kStreamLogisticMixture, key);
+
+  // The component: of the largest logit (the first of equals) at temperature 0, else by the cumulative weights.
+  double top = at(rows.logit);
+  int64_t best = 0;
+  bool bad = top != top;
+  for (int64_t m = 1; m < s.mixtures; ++m) {
+    const double logit = at(rows.logit + m * rows.step);
+    bad = bad || logit != logit;
+    if (logit > top) top = logit, best = m;
+  }
+  bad = bad || !(top - top == 0);  // no logit above -inf, or an infinite one
+  if (a.temperature > 0 && !bad) {
+    double total = 0, sum = 0;
+    for (int64_t m = 0; m < s.mixtures; ++m) total += exp((at(rows.logit + m * rows.step) - top) / a.temperature);
+    const double u = logistic_uniform(words.w[0]) * total;
+    for (int64_t m = 0; m < s.mixtures; ++m) {
+      const double weight = exp((at(rows.logit + m * rows.step) - top) / a.temperature);
+      sum += weight;
+      if (weight > 0) best = m;  // the last with a weight where rounding leaves u above the sum
+      if (sum > u) break;
+    }
+  }
+  double x[3] = {};
+  GMK_UNROLL
+  for (int c = 0; c < 3; ++c) {  // unrolled: x stays in registers
+    if (c >= channels) break;
+    const int64_t offset = c * rows.mean_step + best * rows.step;
+    double value = at(rows.mean + offset);
+    const double raw = at(rows.scale + offset);
+    GMK_UNROLL
+    for (int before = 0; before < c; ++before) {
+      const int j = c * (c - 1) / 2 + before;
+      const double k = at(rows.coefficient + j * rows.coefficient_step + best * rows.step);
+      value += (s.kind == kTfp ? k : tanh(k)) * x[before];
+    }
+    const double scale = s.kind == kTfp ? fmax(raw, 0.0) + log1p(exp(-fabs(raw))) + exp(-7.0) : exp(fmax(raw, -7.0));
+    bad = bad || raw != raw;
+    if (a.temperature > 0) {
+      const double u = logistic_uniform(c == 0 ? words.w[1] : c == 1 ? words.w[2] : words.w[3]);
+      value += a.temperature * scale * (log(u) - log1p(-u));
+    }
+    bad = bad || value != value;
+    const double last = s.levels - 1, level = fmin(fmax(floor((value + 1) * 0.5 * last + 0.5), 0.0), last);
+    x[c] = 2 * level / last - 1;
+    out[c * step] = bad ? T(NAN) : level == last ? T(s.high) : T(s.low + level * ((s.high - s.low) / last));
+  }
+}
+
+}  // namespace gmk
