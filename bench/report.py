@@ -59,7 +59,7 @@ def _row(row, threads):
         span(ours["p25"], ours["p75"]),
         row["fastest"] or "none",
         f"{fastest['ratio']['median']:.2f}x" if fastest else "",
-        f"{row['share']['median']:.0%} {row['bound']}" if "share" in row else "",
+        share(row),
         overall(row),
     ]
     lines = [_line(cells)] if len(cells[0]) < _COLUMNS[0][1] else [cells[0], _line(["", *cells[1:]])]
@@ -122,6 +122,11 @@ def overall(row):
     goals = row.get("goals") or []
     order = ["no", "no (=)", "unknown", "yes (=)", "yes"]
     return min((verdict(goal) for goal in goals), key=order.index, default="")
+
+
+def share(row):
+    """How much of the ceiling, and of which."""
+    return f"{row['share']['median']:.0%} {row['bound']}" if "share" in row else ""
 
 
 def span(low, high):

@@ -60,7 +60,7 @@ def generate(name, stored):
     result = whole[0]
     if what == "environment":
         return "```\n" + "\n".join(describe(result["environment"])) + "\n```\n"
-    table = {"goals": _goals, "summary": _summary}.get(what, lambda result: _op(what, result))(result)
+    table = _summary(result) if what == "summary" else _goals(result) if what == "goals" else _op(what, result)
     return "\n".join([_caption(result), "", *table]) + "\n"
 
 
@@ -83,7 +83,7 @@ def _op(op, result):
             continue
         cells.append(report.seconds(row["ours"]["median"]))
         cells += [_rival(row["rivals"].get(name)) for name in rivals]
-        cells.append(f"{row['share']['median']:.0%} {row['bound']}" if "share" in row else "")
+        cells.append(report.share(row))
         error = row.get("error", "")
         cells.append(f"{error:.1e}" if isinstance(error, float) else error)
         lines.append(_cells(*cells))
@@ -102,19 +102,12 @@ def _rival(entry):
 def _summary(result):
     lines = _header("op", "case", "ours", "fastest rival", "of the ceiling", "goals reached")
     for row in result["rows"]:
-        if not row.get("goals"):
-            continue
-        cells = [f"`{row['op']}`", report.label(row, result["environment"]["threads"])]
-        verdicts = [report.verdict(goal) for goal in row["goals"]]
-        reached = f"{sum(v.startswith('yes') for v in verdicts)} of {len(verdicts)}"
-        if "ours" not in row:
-            lines.append(_cells(*cells, "failed", "", "", reached))
-            continue
-        fastest = row.get("fastest")
-        lines.append(_cells(
-            *cells, report.seconds(row["ours"]["median"]),
-            f"{fastest} {_rival(row['rivals'][fastest])}" if fastest else "",
-            f"{row['share']['median']:.0%} {row['bound']}" if "share" in row else "", reached))
+        goals, fastest = row.get("goals"), row.get("fastest")
+        if goals:
+            lines.append(_cells(
+                f"`{row['op']}`", report.label(row, result["environment"]["threads"]),
+                report.seconds(row["ours"]["median"]), f"{fastest} {_rival(row['rivals'][fastest])}" if fastest else "",
+                report.share(row), f"{sum(goal['reached'] is True for goal in goals)} of {len(goals)}"))
     return lines
 
 

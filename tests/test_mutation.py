@@ -222,6 +222,37 @@ def test_the_docs_show_the_recorded_results():
     assert BEGIN + recorded() + END in DOCS.read_text()
 
 
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
+    from mutation import run
+
+    monkeypatch.setattr(run, "FOLDER", tmp_path)
+    monkeypatch.setattr(run, "sources", lambda: [])
+    return tmp_path
+
+
+def test_two_runs_do_not_work_in_one_folder(folder):
+    from mutation import run
+
+    said = []
+    run.run(say=said.append)
+    with run._alone(), pytest.raises(SystemExit, match="another run of mutants is at work"):
+        run.run(say=said.append)
+    run.run(say=said.append)
+    assert len(said) == 2
+
+
+def test_a_look_at_what_is_known_leaves_a_run_alone(folder):
+    from mutation import run
+
+    for name in ("0", "plain", "together0"):
+        (folder / name).mkdir()
+        (folder / name / "mutant.cu").write_text("at work")
+    assert run.known() == ([], 0)
+    assert all((folder / name / "mutant.cu").exists() for name in ("0", "plain", "together0"))
+
+
 @pytest.mark.slow
 def test_a_sample_of_all_mutants(capsys):
     """What tests have killed once, they kill still: the same ones until a kernel changes. `make mutants` runs all."""

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from simt import SCHEDULES, backend
@@ -29,6 +30,19 @@ def all_mutants(family=""):
             for m in mutants(path.name, path.read_text())]
 
 
+@contextmanager
+def _alone():
+    """Two runs at a time would compile in the same folders."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SystemExit(f"another run of mutants is at work in {FOLDER}; GMK_MUTANTS names another") from error
+        yield
+
+
+@_alone()
 def run(family="", sample=0, seed=0, jobs=2, operator="", names=(), again=False, listed=(), recorded=False,
         say=print):
     """[{"name", "file", "function", "operator", "line", "what", "verdict", "test", "seconds"}], a row per mutant.
@@ -40,11 +54,6 @@ def run(family="", sample=0, seed=0, jobs=2, operator="", names=(), again=False,
         drawn = set(draw([m.name for _, m in chosen], sample, seed))
         chosen = [(p, m) for p, m in chosen if m.name in drawn]
     cache = Cache(FOLDER / "verdicts.jsonl")
-    lock = open(FOLDER / "lock", "w")  # held until the process ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise SystemExit(f"another run of mutants is at work in {FOLDER}; GMK_MUTANTS names another folder") from error
     rows, began = [], time.monotonic()
     by_path = {}
     for path, m in chosen:
@@ -71,9 +80,9 @@ def draw(names, count, seed):
 def known():
     """What earlier runs have found out about the present sources and tests: rows; and how many mutants there are."""
     cache, rows, total = Cache(FOLDER / "verdicts.jsonl"), [], 0
+    builder = Builder(FOLDER / "known")  # a folder of its own: a run may be at work in the others
+    builder.plant(None, None)
     for path in sources():
-        builder = Builder(FOLDER / "known")  # a folder of its own: a run may be at work in the others
-        builder.plant(None, None)
         present = Present(path, builder, families_of(path, builder))
         some = list(mutants(path.name, path.read_text()))
         found = [cache.rows.get(m.name) for m in some]
