@@ -102,6 +102,8 @@ enum PhiloxStream : uint32_t {
   kStreamGmmComponent = 3,
   kStreamGmmNormal = 4,
   kStreamGmmFit = 6,
+  kStreamAddNoise = 7,
+  kStreamFlowPair = 8,
 };
 
 }  // namespace gmk

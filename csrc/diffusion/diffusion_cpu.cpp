@@ -78,36 +78,36 @@ class Step {
   void few(int64_t first, int64_t n, int64_t count, int64_t seed_row) const {
     alignas(64) real scaled[kDrawnRun];
     alignas(64) float drawn[kDrawnRun];
-    alignas(64) real table[kCoefficients][kFewBlock + 16];
+    const int64_t end = first + n;
     bool noise = false;
     if (a_.noise_kind != kNoNoise)
-      for (int64_t row = first / sample_; row * sample_ < first + n; ++row)
+      for (int64_t row = first / sample_; row * sample_ < end; ++row)
         noise = noise || coefficient(row * kCoefficients + kS) != 0;
     if (noise) make_noise(scaled, drawn, first, n, count, seed_row);
+    const bool all = noise || a_.history[0] || a_.history[1] || a_.history[2];
+    const bool more = all || a_.uncond || a_.x0;
+    Columns<real> columns;
     Few<T> g;
     g.guidance = real(a_.guidance);
     g.low = real(a_.low);
     g.high = real(a_.high);
-    int columns[kCoefficients] = {kA, kB, kC0, kC1}, used = 4;
-    for (int h = 0; h < 3; ++h)
-      if (a_.history[h]) columns[used++] = kC2 + h;
-    g.history = used - 4;
-    if (noise) columns[used++] = kS;
-    for (int64_t at = first; at < first + n; at += kFewBlock) {
-      const int64_t rest = first + n - at, size = rest < kFewBlock ? rest : kFewBlock;
-      int64_t row = at / sample_, left = (row + 1) * sample_ - at;
-      for (int64_t e = 0; e < size; e += left, left = sample_, ++row) {
-        left = left < size - e ? left : size - e;
-        for (int c = 0; c < used; ++c) spread(table[c] + e, coefficient(row * kCoefficients + columns[c]), left);
+    for (int64_t row = first / sample_, at = first; at < end; row += kFewRows) {
+      const int64_t last = (row + kFewRows) * sample_, stop = last < end ? last : end;
+      const int64_t rows = (stop - row * sample_ + sample_ - 1) / sample_, from = row * kCoefficients;
+      if (a_.wide) {
+        columns.fill(static_cast<const double*>(a_.coefficients) + from, rows, all);
+      } else {
+        columns.fill(static_cast<const float*>(a_.coefficients) + from, rows, all);
       }
       g.x = stream(a_.x, at);
       g.m = stream(a_.model_output, at);
       g.u = stream(a_.uncond, at);
-      for (int h = 4; h < 4 + g.history; ++h) g.h[h - 4] = stream(a_.history[columns[h] - kC2], at);
+      for (int h = 0; h < 3; ++h) g.h[h] = stream(a_.history[h], at);
       g.z = noise ? scaled + (at - first) : nullptr;
       g.out = const_cast<T*>(stream(a_.out, at));
       g.x0 = const_cast<T*>(stream(a_.x0, at));
-      run_few(g, table, size);
+      (more ? run_few<true, T> : run_few<false, T>)(g, columns, stop - at, at - row * sample_, sample_);
+      at = stop;
     }
   }
 

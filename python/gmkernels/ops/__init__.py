@@ -8,6 +8,7 @@ from .gmm_fit import GmmFit, gmm_fit
 from .gmm_inference import gmm_posterior_mean, gmm_sample, gmm_score
 from .kmeans import KMeansResult, kmeans, kmeans_plus_plus
 from .masked_conv import masked_conv2d
+from .noising import add_noise, denoising_loss, flow_pair
 from .random import philox_normal, philox_uniform
 
 __all__ = [
@@ -17,7 +18,10 @@ __all__ = [
     "GmmParameters",
     "GmmStatistics",
     "KMeansResult",
+    "add_noise",
+    "denoising_loss",
     "diffusion_step",
+    "flow_pair",
     "gmm_condition",
     "gmm_em_statistics",
     "gmm_impute",
