@@ -209,7 +209,7 @@ def add_noise(x0, t, schedule, *, seed=None, noise=None, target=None, step=0):
     >>> schedule = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     >>> xt, eps = add_noise(torch.ones(2, 3), torch.tensor([0, 1]), schedule, seed=0, target="epsilon")
     """
-    _check_arguments(x0=x0, t=t, schedule=schedule, noise=noise)
+    _check_tensors("t", "noise", x0=x0, t=t, schedule=schedule, noise=noise)
     step = check_int("step", step, 0, 2**32)
     if noise is None:
         seeds, seed = split_seed(seed, x0.device, x0.shape[0] if x0.dim() else None)
@@ -222,9 +222,10 @@ def add_noise(x0, t, schedule, *, seed=None, noise=None, target=None, step=0):
     return _add_target_op(x0, t, schedule, noise, seeds, _index("target", target), seed, step)
 
 
-def _check_arguments(**tensors):
+def _check_tensors(*optional, **tensors):
+    """Those whose names are in `optional` may be None."""
     for name, value in tensors.items():
-        if value is not None or name in ("x0", "x1", "pred", "schedule"):
+        if value is not None or name not in optional:
             check_tensor(name, value)
 
 
@@ -338,7 +339,7 @@ def denoising_loss(pred, x0, t, schedule, seed, *, target="epsilon", weight=None
     >>> xt = add_noise(x0, t, schedule, seed=5)
     >>> loss = denoising_loss(torch.zeros(2, 3), x0, t, schedule, 5, target="v")
     """
-    _check_arguments(pred=pred, x0=x0, t=t, schedule=schedule)
+    _check_tensors("x0", "t", pred=pred, x0=x0, t=t, schedule=schedule)
     index = _index("target", target)
     step = check_int("step", step, 0, 2**32)
     if seed is None:
@@ -424,8 +425,7 @@ def flow_pair(x0, x1, t, sigma=0.0, *, seed=None, step=0):
 
     >>> xt, ut = flow_pair(torch.zeros(2, 3), torch.ones(2, 3), torch.tensor([0.0, 0.5]))
     """
-    _check_arguments(x0=x0, x1=x1)
-    check_tensor("t", t)
+    _check_tensors(x0=x0, x1=x1, t=t)
     if not isinstance(sigma, (int, float)) or isinstance(sigma, bool):
         raise TypeError(f"sigma must be a float, got {type(sigma).__name__}")
     if not (sigma >= 0 and math.isfinite(sigma)):
