@@ -25,6 +25,11 @@ def data(shape, dtype=torch.float32, device="cpu", seed=0):
     return cases.data(*shape, seed=seed).to(device, dtype)
 
 
+def inputs(device, *shape, dtype=torch.float32):
+    """x0, t, schedule."""
+    return data(shape, dtype, device.torch), sample_times(shape[0], device.torch), schedule(device=device.torch)
+
+
 # values --------------------------------------------------------------------------------------------------------------
 
 
@@ -32,7 +37,7 @@ def data(shape, dtype=torch.float32, device="cpu", seed=0):
 @pytest.mark.parametrize("dtype", cases.ALL_FLOATS, ids=str)
 def test_add_noise(device, dtype, target):
     for shape in [(3, 5, 7), (5, 2), (2, 300 if not device.simt else 40)]:
-        x0, t, pairs = data(shape, dtype, device.torch), sample_times(shape[0], device.torch), schedule(device=device.torch)
+        x0, t, pairs = inputs(device, *shape, dtype=dtype)
         for kwargs in ({"seed": 5, "step": 3}, {"noise": data(shape, dtype, device.torch, seed=1)}):
             xt, y = ops.add_noise(x0, t, pairs, target=target, **kwargs)
             assert xt.dtype is y.dtype is dtype and xt.shape == y.shape == shape
@@ -78,7 +83,8 @@ def test_large(isa):
     """Several parts and threads, on every instruction set; 1031 is a prime, 40960 a multiple of everything."""
     for shape in [(31, 1031), (4, 40960), (9000, 3), (20000, 2)]:
         x0, t, pairs = data(shape), sample_times(shape[0]), schedule()
-        for got, want in zip(ops.add_noise(x0, t, pairs, seed=1, target="v"), oracle(x0, t, pairs, "v", seed=1), strict=True):
+        made = ops.add_noise(x0, t, pairs, seed=1, target="v")
+        for got, want in zip(made, oracle(x0, t, pairs, "v", seed=1), strict=True):
             close(got, want)
         pred = data(shape, seed=3).requires_grad_()
         loss = ops.denoising_loss(pred, x0, t, pairs, 1, target="v")
@@ -120,7 +126,7 @@ def test_a_small_sample_is_the_sample_alone(isa, d):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_is_rounded_once(device, dtype):
     shape = (4, 65) if not device.simt else (2, 19)
-    x0, t, pairs = data(shape, dtype, device.torch), sample_times(shape[0], device.torch), schedule(device=device.torch)
+    x0, t, pairs = inputs(device, *shape, dtype=dtype)
     got = ops.add_noise(x0, t, pairs, seed=3, target="v")
     for g, want in zip(got, oracle(x0, t, pairs, "v", seed=3), strict=True):
         ulp = torch.finfo(dtype).eps * torch.exp2(torch.floor(torch.log2(want.abs())))
@@ -217,7 +223,7 @@ def test_same_bits_on_every_thread_count(shape):
 def test_a_loss_knows_the_noise_of_add_noise(device):
     """A model that is right has no loss, whatever the seeds; another step is other noise."""
     shape = (3, 5)
-    x0, t, pairs = data(shape, device=device.torch), sample_times(3, device.torch), schedule(device=device.torch)
+    x0, t, pairs = inputs(device, *shape)
     for seed in (5, torch.tensor([5, 6, 7], device=device.torch)):
         for target in TARGETS:
             _, y = ops.add_noise(x0, t, pairs, seed=seed, target=target, step=1)
@@ -284,9 +290,10 @@ def test_a_time_outside_the_schedule(device):
     for bad in (-1, pairs.shape[0], 2**40):
         t = torch.tensor([1, bad, 2], device=device.torch)
         if device.name == "cpu":
-            for call in (lambda t: ops.add_noise(x0, t, pairs, seed=1), lambda t: ops.denoising_loss(x0, x0, t, pairs, 1)):
-                with pytest.raises(ValueError, match=re.escape(f"t must be in [0, {pairs.shape[0]})")):
-                    call(t)
+            with pytest.raises(ValueError, match=re.escape(f"t must be in [0, {pairs.shape[0]})")):
+                ops.add_noise(x0, t, pairs, seed=1)
+            with pytest.raises(ValueError, match=re.escape(f"t must be in [0, {pairs.shape[0]})")):
+                ops.denoising_loss(x0, x0, t, pairs, 1)
             continue
         for target in TARGETS:
             xt, _ = ops.add_noise(x0, t, pairs, seed=1, target=target)
@@ -298,7 +305,8 @@ def test_a_time_outside_the_schedule(device):
 
 
 def test_strides_and_addresses(device):
-    x0, t, pairs = data((6, 10), device=device.torch), torch.arange(12, device=device.torch)[::2] % 7, schedule(device=device.torch)
+    x0, _, pairs = inputs(device, 6, 10)
+    t = (torch.arange(12, device=device.torch) % 7)[::2]
     want = ops.add_noise(x0, t, pairs, seed=1, target="v")
     loss = ops.denoising_loss(x0, x0, t, pairs, 1, target="v", weight=torch.ones(6, device=device.torch))
     for view in (x0.t().contiguous().t(), torch.cat([x0.flatten()[:1], x0.flatten()])[1:].reshape(6, 10)):
@@ -340,6 +348,25 @@ def test_any_shape(shape, dtype, target, seeds, steps, times):
         close(g, want, atol=1e-2 if dtype is torch.bfloat16 else 2e-3 if dtype is torch.float16 else 1e-5)
     loss = ops.denoising_loss(x0, x0, t, pairs, seed, target=target)
     close(loss, loss_oracle(x0, x0, t, pairs, seed, target)[0], rtol=1e-5)
+
+
+def test_blocks_take_turns(device):
+    x0, t, pairs = data((2, 1500)), sample_times(2), schedule()
+    weight = torch.tensor([0.5, 2.0])
+
+    def run():
+        pred = x0.flip(0).clone().requires_grad_()
+        loss = ops.denoising_loss(pred, x0, t, pairs, 1, target="v", weight=weight)
+        loss.backward()
+        flow = ops.flow_pair(x0, pred.detach(), weight, 0.1, seed=1)
+        return *ops.add_noise(x0, t, pairs, seed=1, target="v"), *flow, loss, pred.grad
+
+    with cases.few_blocks(device):
+        got = run()
+    with cases.cpu_kernels():
+        want = run()
+    for g, w in zip(got, want, strict=True):
+        close(g, w.double())
 
 
 # bad input -----------------------------------------------------------------------------------------------------------

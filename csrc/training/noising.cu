@@ -87,13 +87,12 @@ GMK_DEV void noise_of(const NoiseSource& noise, const Place& at, int64_t seed_ro
     read<T, kPacked>(noise.given, at.at, at.count, z);
   } else {
     const PhiloxKey key = philox_key(noise.seeds ? uint64_t(noise.seeds[seed_row]) : noise.seed);
+    float made[n];
 #pragma unroll
-    for (int i = 0; i < n; i += 4) {
-      float made[4];
-      normals_from(philox(uint64_t(block + i / 4), noise.step, noise.stream, key), made);
+    for (int i = 0; i < n; i += 4)
+      normals_from(philox(uint64_t(block + i / 4), noise.step, noise.stream, key), made + i);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) z[i + j] = typename Real<T>::type(made[j]);
-    }
+    for (int i = 0; i < n; ++i) z[i] = typename Real<T>::type(made[i]);
   }
 }
 

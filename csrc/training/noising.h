@@ -74,21 +74,17 @@ struct NoisingRow {
 template <class R, class P>
 GMK_HD NoisingRow<R> noising_row(const NoiseSchedule& s, int64_t sample, int target) {
   const int64_t at = s.t ? s.t[sample] : sample;
-  if (at < 0 || at >= s.times) return {R(NAN), R(NAN), R(NAN), R(NAN)};
-  const P* const pair = static_cast<const P*>(s.pairs) + 2 * at;
-  const R alpha = R(pair[0]), sigma = R(pair[1]);
-  switch (target) {
-    case kX0:
-      return {alpha, sigma, R(1), R(0)};
-    case kV:
-      return {alpha, sigma, -sigma, alpha};
-    case kScore:
-      return {alpha, sigma, R(0), R(-1) / sigma};
-    case kVelocity:
-      return {alpha, sigma, R(-1), R(1)};
-    default:
-      return {alpha, sigma, R(0), R(1)};
-  }
+  const bool inside = at >= 0 && at < s.times;
+  const P* const pair = static_cast<const P*>(s.pairs) + (inside ? 2 * at : 0);
+  NoisingRow<R> r{inside ? R(pair[0]) : R(NAN), inside ? R(pair[1]) : R(NAN), R(0), R(1)};
+  if (target == kX0) r.p = R(1);
+  if (target == kX0) r.q = R(0);
+  if (target == kV) r.p = -r.sigma;
+  if (target == kV) r.q = r.alpha;
+  if (target == kScore) r.q = R(-1) / r.sigma;
+  if (target == kVelocity) r.p = R(-1);
+  if (!inside) r.p = r.q = R(NAN);
+  return r;  // selections: a switch that returns rows puts them into a GPU's local memory
 }
 // Hang et al. 2023: min(snr, gamma), the weight that a loss of x0 would get, over what a loss of this target is to that.
 template <class R>

@@ -61,6 +61,9 @@ ASKED = (
     # x, model_output, uncond, three histories, noise, variance; out, x0
     Asked(r"diffusion_step_kernel<(float|.*bf16|.*f16), \d, true>", {LOAD_128: 8, STORE_128: 2}),
     Asked(r"philox_fill_kernel<float>", {STORE_128: 1}),
+    # x0, noise; x_t, target. pred, x0; the gradient. x0, x1; x_t, u
+    Asked(r"(add_noise|flow_pair)_kernel<(float|.*bf16|.*f16), true>", {LOAD_128: 2, STORE_128: 2}),
+    Asked(r"denoising_loss_kernel<(float|.*bf16|.*f16), true>", {LOAD_128: 2, STORE_128: 1}),
     # three products for every block of P: x and P to shared memory 16 bytes at a time, grad_x back in whole packs
     Asked(r"gmm_matrix_log_prob_kernel<\d+>", {MMA_TF32: 24, COPY_128: 3, r"LDS\.128": 4}, since=80),
     Asked(r"gmm_matrix_grad_x_kernel<\d+>", {MMA_TF32: 84, COPY_128: 3, r"LDS\.128": 15, STORE_128: 1}, since=80),

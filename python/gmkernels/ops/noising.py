@@ -199,8 +199,8 @@ def add_noise(x0, t, schedule, *, seed=None, noise=None, target=None, step=0):
         target: None, or a name of the table.
         step: counter word 2, in ``[0, 2**32)``.
 
-    Returns ``x_t``, or ``(x_t, target)``. Gradients flow to x0, the schedule and a ``noise`` tensor, any number of times;
-    drawn noise is drawn again, never stored.
+    Returns ``x_t``, or ``(x_t, target)``. Gradients flow to x0, the schedule and a ``noise`` tensor, any number of
+    times; drawn noise is drawn again, never stored.
 
     Errors: ``TypeError`` for wrong types and dtypes, ``ValueError`` for wrong shapes, ranges and names.
 
@@ -323,13 +323,13 @@ def denoising_loss(pred, x0, t, schedule, seed, *, target="epsilon", weight=None
         pred: [b, ...], what the model said; float32, float64, bfloat16 or float16, any strides.
         x0: of pred's shape and dtype; may be None for the targets "epsilon" and "score", which have none of it.
         t, schedule, target, step: those that :func:`add_noise` was given.
-        seed: that of :func:`add_noise`, an int or an int64 tensor: never None, for another noise would be another target.
+        seed: that of :func:`add_noise`, an int or an int64 tensor; not None, for other noise would be another target.
         weight: None, a tensor of t's shape (of the schedule's dtype), or "min_snr" for the targets "epsilon", "x0" and
             "v": min(snr, gamma), divided by snr for epsilon and by snr + 1 for v, where snr = alpha^2 / sigma^2.
         gamma: of "min_snr".
 
-    Returns a float32 scalar (float64 for float64 pred); NaN for no elements. Gradients flow to pred, x0 and weight, not to
-    the schedule, which must not ask for one.
+    Returns a float32 scalar (float64 for float64 pred); NaN for no elements. Gradients flow to pred, x0 and weight,
+    not to the schedule, which must not ask for one.
 
     Errors: ``TypeError`` for wrong types and dtypes, ``ValueError`` for wrong shapes, ranges and names.
 
