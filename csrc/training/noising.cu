@@ -134,7 +134,7 @@ GMK_DEV double block_sum(double v, double* shared) {
 
 // A part is 256 groups.
 template <class T, bool kPacked>
-__global__ void __launch_bounds__(256) denoising_loss_kernel(DenoisingLoss a, Groups g, int64_t parts) {
+__global__ void __launch_bounds__(256) denoising_loss_kernel(DenoisingLoss a, Groups g, int64_t parts, double slope) {
   using R = typename Real<T>::type;
   constexpr int n = kGroup<T>;
   GMK_SHARED(shared, double[8]);
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(256) denoising_loss_kernel(DenoisingLoss a, Gr
           if (a.weight_kind == kGivenWeight)
             weight = a.schedule.wide ? R(static_cast<const double*>(a.weight)[sample])
                                      : R(static_cast<const float*>(a.weight)[sample]);
-          scale = R(2.0 * double(weight) / double(a.numel));
+          scale = R(double(weight) * slope);
         }
         const R difference = d[i] - (term(row.p, x[i]) + term(row.q, z[i]));
         if (i < at.count) squares += weight * difference * difference;
@@ -236,10 +236,11 @@ Status launch(const DenoisingLoss& a, void* stream) {
   const Groups g = groups_of<T>(a.numel, a.noise.seed_rows, a.schedule.samples);
   const int64_t parts = (g.total + 255) / 256;  // at most denoising_loss_partials()
   const unsigned grid = grid_for(parts, 1);
+  const double slope = 2.0 / double(a.numel);  // of the gradient; a division costs a GPU registers
   const void* const streams[] = {a.pred, a.grad, a.x0};
   const Status status = packed<T>(g, streams)
-                            ? GMK_LAUNCH((denoising_loss_kernel<T, true>), grid, 256, 0, stream, a, g, parts)
-                            : GMK_LAUNCH((denoising_loss_kernel<T, false>), grid, 256, 0, stream, a, g, parts);
+                            ? GMK_LAUNCH((denoising_loss_kernel<T, true>), grid, 256, 0, stream, a, g, parts, slope)
+                            : GMK_LAUNCH((denoising_loss_kernel<T, false>), grid, 256, 0, stream, a, g, parts, slope);
   if (status) return status;
   return GMK_LAUNCH((denoising_loss_sum_kernel<typename Real<T>::type>), 1, 256, 0, stream, a, parts);
 }
