@@ -30,6 +30,15 @@ def same(got, want, rtol=1e-12):
     cases.close(got.inertia, want[2], rtol=10 * rtol, atol=1e-20)
 
 
+def test_choice_at_any_scale(isa):
+    """The squared distances that are kept between centres have 20 digits in float64, and its whole range."""
+    x = clusters(3000, 5)
+    want = ops.kmeans_plus_plus(x, 12, uniforms=uniforms_of(12, 0))[1]
+    for power in (-480, -60, 100, 480):
+        got = ops.kmeans_plus_plus(x * 2.0**power, 12, uniforms=uniforms_of(12, 0))[1]
+        assert torch.equal(got, want)
+
+
 # beside scikit-learn --------------------------------------------------------------------------------------------------
 
 

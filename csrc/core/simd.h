@@ -167,6 +167,43 @@ GMK_INLINE vdouble vsqrt(vdouble x) {
   for (int l = 0; l < simd<double>::n; ++l) x[l] = __builtin_sqrt(x[l]);
   return x;
 }
+// Is a comparison true in some lane?
+template <class I>
+GMK_INLINE bool any(I condition) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)condition, (__m512i)condition) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)condition, (__m256i)condition);
+#else
+  const vlong words = (vlong)condition;
+  int64_t some = 0;
+  for (int l = 0; l < simd<double>::n; ++l) some |= words[l];
+  return some != 0;
+#endif
+}
+// Bit l: is a comparison true in lane l?
+GMK_INLINE uint32_t lanes_of(vint condition) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)condition, (__m512i)condition);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps((__m256)condition));
+#else
+  uint32_t bits = 0;
+  for (int l = 0; l < kLanes; ++l) bits |= uint32_t(condition[l] & 1) << l;
+  return bits;
+#endif
+}
+GMK_INLINE uint32_t lanes_of(vlong condition) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)condition, (__m512i)condition);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_pd((__m256d)condition));
+#else
+  uint32_t bits = 0;
+  for (int l = 0; l < simd<double>::n; ++l) bits |= uint32_t(condition[l] & 1) << l;
+  return bits;
+#endif
+}
 // The sum of the lanes, in an order that depends on the width only.
 template <class V>
 GMK_INLINE auto hsum(V x) {
@@ -243,7 +280,25 @@ GMK_INLINE vfloat vexp_nonpositive(vfloat x) {
   const vfloat r = p * (vfloat)(((vuint)z - 0x4B400000u + 127u) << 23);  // wraps where `under`
   return (vfloat)((vint)r & ~under);
 }
-GMK_INLINE vdouble vexp_nonpositive(vdouble x) { return vexp(x); }
+GMK_INLINE vdouble vexp_nonpositive(vdouble x) {
+  const vlong under = x < splat(-708.39);
+  const vdouble magic = splat(6755399441055744.0), z = madd(x, splat(1.4426950408889634), magic), n = z - magic;
+  vdouble f = madd(n, splat(-0.693147180369123816490), x);
+  f = madd(n, splat(-1.90821492927058770002e-10), f);
+  vdouble p = splat(2.51003758422237e-08);  // (e^f - 1 - f) / f^2 to 2^-56
+  p = madd(p, f, splat(2.7620075892548164e-07));
+  p = madd(p, f, splat(2.7557268480289716e-06));
+  p = madd(p, f, splat(2.480152132234228e-05));
+  p = madd(p, f, splat(0.00019841269863040559));
+  p = madd(p, f, splat(0.0013888888917196736));
+  p = madd(p, f, splat(0.008333333333330065));
+  p = madd(p, f, splat(0.041666666666624164));
+  p = madd(p, f, splat(0.16666666666666669));
+  p = madd(p, f, splat(0.5000000000000001));
+  p = madd(p * f, f, f) + splat(1.0);
+  const vdouble r = p * (vdouble)(((vulong)z - 0x4338000000000000u + 1023u) << 52);  // as above
+  return (vdouble)((vlong)r & ~under);
+}
 
 // log: at most 2 ulp; -inf at 0, NaN below 0, inf at inf, subnormals included.
 GMK_INLINE vfloat vlog(vfloat x) {

@@ -28,7 +28,8 @@ static void tile_log_prob(T* out, T* lp, const T* x, int64_t stride, int words, 
   for (int64_t c0 = 0; c0 < m.k; c0 += kChunk) {
     int live = 0;
     for (int64_t c = c0; c < m.k && c < c0 + kChunk; ++c)
-      if (m.constants[c] != T(-INFINITY)) component<T, matrix, centred>(lp + live++ * stride, x, stride, words, m, c);
+      if (m.constants[c] != T(-INFINITY))
+        component<T, matrix, centred>(lp + live++ * stride, x, stride, words, m, c, m.d);
     for (int u = 0; u < words; ++u) {
       v top = best[u];
       for (int c = 0; c < live; ++c) top = vmax(load(lp + c * stride + u * n), top);

@@ -126,6 +126,7 @@ struct Run {
       w.take(a.in, s, scratch_t.get() + omp_get_thread_num() * numbers_t,
              scratch_a.get() + omp_get_thread_num() * numbers_a);
       const Mixture<T> m = prepare<T>(a.in, b, w.mixture);
+      w.pruning.take(m, matrix);
       for (int64_t g0 = 0; g0 < groups; g0 += wave) {
         const int64_t now = groups - g0 < wave ? groups - g0 : wave;
 #pragma omp for schedule(dynamic, 1)
@@ -159,6 +160,7 @@ static Status run(const GmmEmStatistics& a, int64_t b, const T* shift, int threa
   Worker<T, A, narrow> w;
   w.take(a.in, r.s, scratch_t.get(), scratch_a.get());
   const Mixture<T> m = prepare<T>(a.in, b, w.mixture);
+  w.pruning.take(m, r.matrix);
   r.alone(w, m, b, shift, slot.get(), total.get());
   return kOk;
 }
@@ -216,7 +218,7 @@ Status responsibilities(const GmmResponsibilities& a, int threads) {
         const int64_t count = end - row < rows ? end - row : rows;
         block.load_rows((const T*)in.x + b * in.x_stride + row * in.d, nullptr, count, in.d);
         block.densities(m, matrix);
-        block.softmax(in.k, in.d);
+        block.softmax(in.k, in.d, kSubnormal<T>);
         for (int64_t c = 0; c < in.k; ++c)
           for (int i = 0; i < rows; ++i) block.e[c * rows + i] *= block.scale[i];
         store_tile((T*)a.out + (b * in.n + row) * in.k, block.e, rows, count, in.k);

@@ -4,6 +4,7 @@
 #include "core/scratch.h"
 #include "gmm/gmm_em.h"
 #include "gmm/gmm_em_block.h"
+#include "gmm/gmm_em_prune.h"
 #include "gmm/gmm_em_sparse.h"
 #include "gmm/gmm_em_sums.h"
 
@@ -49,6 +50,7 @@ struct Worker {
   static constexpr bool same = sizeof(T) == sizeof(A);
 
   Block<T, rows> block;
+  Pruning<T, rows> pruning;    // wide only
   SparseSums<A, rows> sparse;  // wide only
   T* mixture;
   A *t, *features, *r, *transposed, *row_weight, *lanes, *shared_lanes;
@@ -222,9 +224,12 @@ struct Worker {
       const int64_t some = count - row < rows ? count - row : rows;
       block.load_rows(x + row * s.d, weights ? weights + row : nullptr, some, s.d);
       for (int i = 0; i < rows; ++i) heads[1] += double(block.weight[i]);
-      block.densities(m, matrix);
-      block.softmax(s.k, s.d);
-      if (narrow || block.nonzero(s.k) * kSparse > rows * s.k) {
+      if (narrow)
+        block.densities(m, matrix);
+      else
+        pruning.densities(block, m, matrix);
+      block.softmax(s.k, s.d, kNegligible<T>);
+      if (narrow || block.nonzero * kSparse > rows * s.k) {
         add_block(s, shift, slot);
         continue;
       }

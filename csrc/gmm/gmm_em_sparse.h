@@ -67,17 +67,20 @@ struct SparseSums {
   template <class T>
   void add(const T* e, const T* scale) {
     for (int64_t c = 0; c < k; ++c, e += rows) {
-      typename simd<T>::v any{};
-      for (int row = 0; row < rows; row += simd<T>::n) any += load(e + row);
-      if (hsum(any) == T(0)) continue;
       int own[rows], count = 0;
       A r[rows];
-      for (int row = 0; row < rows; ++row) {
-        const T product = e[row] * scale[row];
-        own[count] = row;
-        r[count] = A(product);
-        count += !(product == T(0));  // also NaN; never a row that is infinite, whose scale is 0
+      for (int row = 0; row < rows; row += simd<T>::n) {
+        T product[simd<T>::n];
+        const auto p = load(e + row) * load(scale + row);
+        store(product, p);
+        // not 0, or NaN; never a row that is infinite, whose scale is 0
+        for (uint32_t live = lanes_of(~(typename simd<T>::i)(p == typename simd<T>::v{})); live; live &= live - 1) {
+          const int lane = __builtin_ctz(live);
+          own[count] = row + lane;
+          r[count++] = A(product[lane]);
+        }
       }
+      if (!count) continue;
       if (covariance == kFull)
         add_products(sums + c * per, own, r, count);
       else

@@ -149,7 +149,7 @@ struct Fitter {
     for (int64_t first = 0; first < data.padded; first += W::rows) {
       use_block(first);
       w.block.densities(m, matrix);
-      w.block.softmax(a.k, a.d);
+      w.block.softmax(a.k, a.d, kNegligible<double>);
       add_block(first);
     }
     return w.end_sums(s, slot) / data.total;

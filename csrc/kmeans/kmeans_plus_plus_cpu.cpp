@@ -10,9 +10,33 @@ namespace gmk {
 namespace GMK_ISA_NS {
 namespace {
 
+// Distances between calls, four bytes each: a double without the lower half of its digits, for what they decide is drawn at
+// random. Not a float, which ends at 1e38.
+typedef uint32_t vupper __attribute__((vector_size(GMK_VECTOR_BYTES / 2)));
+GMK_INLINE vdouble unpack(const uint32_t* p) {
+  vupper x;
+  memcpy(&x, p, sizeof x);
+  return (vdouble)(__builtin_convertvector(x, vulong) << 32);
+}
+GMK_INLINE vfloat unpack(const float* p) { return load(p); }
+GMK_INLINE void pack(uint32_t* p, vdouble x) {
+  const vupper upper = __builtin_convertvector(((vulong)x + 0x80000000u) >> 32, vupper);
+  memcpy(p, &upper, sizeof upper);
+}
+GMK_INLINE void pack(float* p, vfloat x) { store(p, x); }
+template <class T>
+struct Stored {
+  using type = T;
+};
+template <>
+struct Stored<double> {
+  using type = uint32_t;
+};
+
 template <class T>
 class PlusPlus {
   using v = typename simd<T>::v;
+  using Distance = typename Stored<T>::type;
   static constexpr int kHalves = sizeof(v) / sizeof(T) / simd<double>::n;  // words of float64 in a word of T
 
  public:
@@ -65,13 +89,13 @@ class PlusPlus {
     return last;
   }
 
-  // distance[row] = min(closest, |x - centre c - 1|^2) for a tile, in place where `closest` is one.
-  void update(T* distance, const T* closest, const T* tile, int64_t c) {
+  // distance[row] = min(closest, |x - centre c - 1|^2) for a tile.
+  void update(Distance* distance, const Distance* closest, const T* tile, int64_t c) {
     v now[1][kWords];
     distances<T, 1>(now, tile, centers_ + (c - 1) * a_.in.d, a_.in.d);
     for (int u = 0; u < kWords; ++u) {
-      if (c > 1) now[0][u] = vmin(now[0][u], load(closest + u * simd<T>::n));
-      store(distance + u * simd<T>::n, now[0][u]);
+      if (c > 1) now[0][u] = vmin(now[0][u], unpack(closest + u * simd<T>::n));
+      pack(distance + u * simd<T>::n, now[0][u]);
     }
   }
 
@@ -96,9 +120,11 @@ class PlusPlus {
     bool found = false;
     T* const tile = scratch();
     T* const distance = tile + a_.in.d * kTileRows<T>;
+    Distance now[kTileRows<T>];
     rows_.tiles(tile, group, [&](int64_t begin, int64_t count) {
       if (found) return;
-      update(distance, closest_.get() + begin, tile, c);
+      update(now, closest_.get() + begin, tile, c);
+      for (int u = 0; u < kWords; ++u) store(distance + u * simd<T>::n, unpack(now + u * simd<T>::n));
       for (int64_t r = 0; r < count && !found; ++r) {
         const double part = rows_.weight_of(begin + r) * double(distance[r]);
         sum += part;
@@ -131,7 +157,7 @@ class PlusPlus {
     double* const left = group_left(g) + 1;
     for (int64_t t = 0; t < count; ++t) left[t] = 0;
     rows_.tiles(tile, g, [&](int64_t begin, int64_t rows) {
-      T* const closest = closest_.get() + begin;
+      Distance* const closest = closest_.get() + begin;
       if (c) update(closest, closest, tile, c);
       for (int64_t r = 0; r < kTileRows<T>; ++r)
         weight[r] = r >= rows ? T(0) : rows_.weight ? rows_.weight[begin + r] : T(1);
@@ -142,7 +168,7 @@ class PlusPlus {
         for (int j = 0; j < J; ++j) {
           T* const distance = weight + kTileRows<T>;
           for (int u = 0; u < kWords; ++u)
-            store(distance + u * simd<T>::n, c ? vmin(now[j][u], load(closest + u * simd<T>::n)) : now[j][u]);
+            store(distance + u * simd<T>::n, c ? vmin(now[j][u], unpack(closest + u * simd<T>::n)) : now[j][u]);
           vdouble sum{};
           for (int h = 0; h < kWords * kHalves; ++h)
             sum = madd(wide(distance + h * simd<double>::n), wide(weight + h * simd<double>::n), sum);
@@ -159,7 +185,9 @@ class PlusPlus {
   T* const centers_;
   int64_t* const indices_;
   const int64_t scratch_size_;
-  Scratch<T> scratch_, closest_, candidates_;
+  Scratch<T> scratch_;
+  Scratch<Distance> closest_;
+  Scratch<T> candidates_;
   Scratch<double> left_;
   Scratch<int64_t> ids_;
 };
