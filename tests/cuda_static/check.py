@@ -40,7 +40,7 @@ STATIC_SHARED = 8 << 10  # bytes, at most
 
 # Kernels that may have local memory, and why. A pattern of the name as budget.json writes it.
 LOCAL = {
-    r"^denoising_loss_kernel<(double|f16), true>": "a spill of nvcc 13: 8 bytes (f16, sm_80), 16 bytes (float64, sm_120)",
+    r"^denoising_loss_kernel<(double|f16), true>": "nvcc 13 spills 8 bytes (f16, sm_80), 16 (float64, sm_120)",
 }
 
 # Instructions as the disassembly writes them, from their beginning.
