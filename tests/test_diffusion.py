@@ -83,6 +83,28 @@ def test_rows_of_coefficients(device, shape, seeds):
     close(x0, want[1])
 
 
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 33, 63])
+@pytest.mark.parametrize("name", ["plain", "history2", "given"])
+def test_a_small_sample_is_the_sample_alone(isa, name, d):
+    """Words of elements that meet several rows of coefficients give the bits of one sample by itself."""
+    names, options = OPTIONS[name]
+    b = 300
+    c = coefficients() * torch.linspace(0.5, 1.5, b)[:, None]
+    for k in range(8):
+        c[k::11, k] = 0
+    made = tensors((b, d), names)
+    made["x"][0::11] = math.inf
+    made["model_output"][1::11] = math.nan
+    c[0::11, 3] = 0
+    whole = call(made, c, return_x0=True, **options)
+    for i in (*range(17), 127, 128, 129, 255, 256, b - 1):
+        alone = call({k: t[i] for k, t in made.items()}, c[i], return_x0=True, **options)
+        for got, want in zip(whole, alone, strict=True):
+            assert torch.equal(got[i].nan_to_num(7.0), want.nan_to_num(7.0))
+            assert torch.equal(got[i].isnan(), want.isnan())
+        assert torch.equal(call(made, c, **options)[i].nan_to_num(7.0), alone[0].nan_to_num(7.0))
+
+
 def test_per_sample_results_do_not_depend_on_the_batch(device):
     names, options = OPTIONS["everything"]
     seeds = torch.tensor([7, -3, 2**40], device=device.torch)

@@ -103,6 +103,8 @@ enum PhiloxStream : uint32_t {
   kStreamGmmNormal = 4,
   kStreamGmmFit = 6,
   kStreamLogisticMixture = 7,
+  kStreamAddNoise = 8,
+  kStreamFlowPair = 9,
 };
 
 }  // namespace gmk

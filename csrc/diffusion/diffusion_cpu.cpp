@@ -1,168 +1,14 @@
 // A job is a run of consecutive elements, kDrawnRun where there is noise, so that it stays in L1, else kRun. Inside, a
-// segment is what shares one row of coefficients. What bounds it: memory bandwidth without noise, the normals with it.
-#include "diffusion/diffusion.h"
-
-#include "core/philox_simd.h"
+// segment is what shares one row of coefficients; where samples are small, a word of elements has several (diffusion_few.h).
+// What bounds it: memory bandwidth without noise, the normals with it.
+#include "diffusion/diffusion_few.h"
+#include "diffusion/diffusion_segment.h"
 
 namespace gmk {
 namespace GMK_ISA_NS {
 namespace {
 
 constexpr int64_t kRun = 8 * kChunk, kDrawnRun = 4 * kChunk;
-
-// The type of arithmetic of a storage type, and moving a word of it.
-template <class T>
-struct Arithmetic {
-  using real = float;
-};
-template <>
-struct Arithmetic<double> {
-  using real = double;
-};
-template <class T>
-GMK_INLINE vfloat get(const T* p) {
-  return load_float(p);
-}
-GMK_INLINE vdouble get(const double* p) { return load(p); }
-template <class T>
-GMK_INLINE vfloat get(const T* p, int64_t count) {
-  return load_float_some(p, count);
-}
-GMK_INLINE vdouble get(const double* p, int64_t count) { return load_some(p, count); }
-template <class T>
-GMK_INLINE void put(T* p, vfloat x) {
-  store_float(p, x);
-}
-GMK_INLINE void put(double* p, vdouble x) { store(p, x); }
-template <class T>
-GMK_INLINE void put(T* p, vfloat x, int64_t count) {
-  store_float_some(p, x, count);
-}
-GMK_INLINE void put(double* p, vdouble x, int64_t count) { store_some(p, x, count); }
-
-// One segment's streams and coefficients, in the order in which the inner loop wants them.
-template <class T>
-struct Segment {
-  using real = typename Arithmetic<T>::real;
-  const T *x, *m, *u;
-  const T* h[3];  // the live history only
-  const real* z;  // scaled noise: sqrt(variance) z
-  T *out, *x0;
-  real a, b, c0, c1, ch[3], s, guidance, low, high;
-  int history;
-};
-
-// kMasked: some coefficient is 0, so its stream must be hidden. A third of the arithmetic, hence not always.
-template <class T, bool kMasked, bool kGuided, bool kHistory, bool kNoise, bool kX0>
-struct Body {
-  using real = typename Arithmetic<T>::real;
-  using V = typename simd<real>::v;
-  using I = typename simd<real>::i;
-  const Segment<T>& g;
-  V a, b, c0, c1, s, guidance, low, high;
-  I use_a, use_b, use_c0, use_c1;
-
-  GMK_HD_MEMBER explicit Body(const Segment<T>& g)
-      : g(g),
-        a(splat(g.a)),
-        b(splat(g.b)),
-        c0(splat(g.c0)),
-        c1(splat(g.c1)),
-        s(splat(g.s)),
-        guidance(splat(g.guidance)),
-        low(g.low - V{}),
-        high(g.high - V{}),
-        use_a((I)(a != V{})),
-        use_b((I)(b != V{})),
-        use_c0((I)(c0 != V{})),
-        use_c1((I)(c1 != V{})) {}
-
-  GMK_HD_MEMBER static V hide(V x, I use) { return kMasked ? (V)((I)x & use) : x; }
-
-  struct Result {
-    V out, x0;
-  };
-  template <class... Count>
-  GMK_HD_MEMBER Result compute(int64_t i, Count... count) const {
-    const V x = get(g.x + i, count...);
-    V m = get(g.m + i, count...);
-    if (kGuided) {
-      const V u = get(g.u + i, count...);
-      m = madd(guidance, m - u, u);
-    }
-    const V x0 = vmin(high, vmax(low, madd(b, hide(m, use_b), a * hide(x, use_a))));  // NaN stays: second operand
-    V out = madd(c0, hide(x0, use_c0), c1 * hide(x, use_c1));
-    if (kHistory)
-      for (int h = 0; h < g.history; ++h) out = madd(splat(g.ch[h]), get(g.h[h] + i, count...), out);
-    if (kNoise) out = madd(s, get(g.z + i, count...), out);
-    return {out, x0};
-  }
-  template <class... Count>
-  GMK_HD_MEMBER void write(const Result& r, int64_t i, Count... count) const {
-    put(g.out + i, r.out, count...);
-    if (kX0) put(g.x0 + i, r.x0, count...);
-  }
-};
-
-// An element is read before it is written, so out and x0 may be any of the inputs. Four words are read before the first
-// is written: malloc likes to put the output 64 bytes (modulo 4096) behind an input, where every load would wait for the
-// store before it.
-template <class T, bool kMasked, bool kGuided, bool kHistory, bool kNoise, bool kX0>
-void run_segment(const Segment<T>& g, int64_t n) {
-  constexpr int64_t lanes = simd<typename Arithmetic<T>::real>::n;
-  using B = Body<T, kMasked, kGuided, kHistory, kNoise, kX0>;
-  const B body(g);
-  int64_t i = 0;
-  for (; i + 4 * lanes <= n; i += 4 * lanes) {
-    typename B::Result r[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) r[j] = body.compute(i + j * lanes);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) body.write(r[j], i + j * lanes);
-  }
-  for (; i + lanes <= n; i += lanes) body.write(body.compute(i), i);
-  if (i < n) body.write(body.compute(i, n - i), i, n - i);
-}
-template <class T>
-using Runner = void (*)(const Segment<T>&, int64_t);
-template <class T>
-Runner<T> runner(bool masked, bool guided, bool history, bool noise, bool x0) {
-#define GMK_RUN2(...) run_segment<T, __VA_ARGS__, false>, run_segment<T, __VA_ARGS__, true>
-#define GMK_RUN8(...)                                                                                          \
-  GMK_RUN2(__VA_ARGS__, false, false), GMK_RUN2(__VA_ARGS__, false, true), GMK_RUN2(__VA_ARGS__, true, false), \
-      GMK_RUN2(__VA_ARGS__, true, true)
-  static const Runner<T> all[32] = {GMK_RUN8(false, false), GMK_RUN8(false, true), GMK_RUN8(true, false),
-                                    GMK_RUN8(true, true)};
-#undef GMK_RUN8
-#undef GMK_RUN2
-  return all[masked * 16 + guided * 8 + history * 4 + noise * 2 + x0];
-}
-
-// Whole chunks of float arithmetic with drawn noise and no variance: each word of normals is used where it is made, so
-// that the loads hide behind the arithmetic of the normals. `block` is that of the first element.
-template <class T, bool kMasked, bool kGuided, bool kHistory, bool kX0>
-void run_drawn(const Segment<T>& g, int64_t n, uint64_t block, PhiloxAt at) {
-  using B = Body<T, kMasked, kGuided, kHistory, false, kX0>;
-  const B body(g);
-  for (int64_t e = 0; e < n; e += kChunk)
-    each_normals(block + uint64_t(e / 4), at, [&](int64_t i, vfloat z) __attribute__((always_inline)) {
-      typename B::Result r = body.compute(e + i);
-      r.out = madd(body.s, z, r.out);
-      body.write(r, e + i);
-    });
-}
-template <class T>
-using DrawnRunner = void (*)(const Segment<T>&, int64_t, uint64_t, PhiloxAt);
-template <class T>
-DrawnRunner<T> drawn_runner(bool masked, bool guided, bool history, bool x0) {
-#define GMK_RUN4(...)                                                              \
-  run_drawn<T, __VA_ARGS__, false, false>, run_drawn<T, __VA_ARGS__, false, true>, \
-      run_drawn<T, __VA_ARGS__, true, false>, run_drawn<T, __VA_ARGS__, true, true>
-  static const DrawnRunner<T> all[16] = {GMK_RUN4(false, false), GMK_RUN4(false, true), GMK_RUN4(true, false),
-                                         GMK_RUN4(true, true)};
-#undef GMK_RUN4
-  return all[masked * 8 + guided * 4 + history * 2 + x0];
-}
 
 // z[0, n): normals first .. first + n - 1 of a seed; first is a multiple of kChunk, z has room for whole chunks.
 GMK_INLINE void draw(float* z, int64_t first, int64_t n, PhiloxAt at) {
@@ -189,6 +35,7 @@ class Step {
 
   // Elements [first, first + n) of the tensor; for drawn noise, element `count` of its seed's own count is the first.
   void operator()(int64_t first, int64_t n, int64_t count, int64_t seed_row) const {
+    if (a_.coefficient_rows > 1 && sample_ < kFewElements) return few(first, n, count, seed_row);
     alignas(64) real scaled[kDrawnRun];
     alignas(64) float drawn[kDrawnRun];
     bool have_noise = false;
@@ -226,6 +73,43 @@ class Step {
 
  private:
   static const T* stream(const void* p, int64_t at) { return p ? static_cast<const T*>(p) + at : nullptr; }
+
+  // The same for samples of few elements.
+  void few(int64_t first, int64_t n, int64_t count, int64_t seed_row) const {
+    alignas(64) real scaled[kDrawnRun];
+    alignas(64) float drawn[kDrawnRun];
+    const int64_t end = first + n;
+    bool noise = false;
+    if (a_.noise_kind != kNoNoise)
+      for (int64_t row = first / sample_; row * sample_ < end; ++row)
+        noise = noise || coefficient(row * kCoefficients + kS) != 0;
+    if (noise) make_noise(scaled, drawn, first, n, count, seed_row);
+    const bool all = noise || a_.history[0] || a_.history[1] || a_.history[2];
+    const bool more = all || a_.uncond || a_.x0;
+    Columns<real> columns;
+    Few<T> g;
+    g.guidance = real(a_.guidance);
+    g.low = real(a_.low);
+    g.high = real(a_.high);
+    for (int64_t row = first / sample_, at = first; at < end; row += kFewRows) {
+      const int64_t last = (row + kFewRows) * sample_, stop = last < end ? last : end;
+      const int64_t rows = (stop - row * sample_ + sample_ - 1) / sample_, from = row * kCoefficients;
+      if (a_.wide) {
+        columns.fill(static_cast<const double*>(a_.coefficients) + from, rows, all);
+      } else {
+        columns.fill(static_cast<const float*>(a_.coefficients) + from, rows, all);
+      }
+      g.x = stream(a_.x, at);
+      g.m = stream(a_.model_output, at);
+      g.u = stream(a_.uncond, at);
+      for (int h = 0; h < 3; ++h) g.h[h] = stream(a_.history[h], at);
+      g.z = noise ? scaled + (at - first) : nullptr;
+      g.out = const_cast<T*>(stream(a_.out, at));
+      g.x0 = const_cast<T*>(stream(a_.x0, at));
+      (more ? run_few<true, T> : run_few<false, T>)(g, columns, stop - at, at - row * sample_, sample_);
+      at = stop;
+    }
+  }
 
   void load_row(Segment<T>& g, int64_t row) const {
     const int64_t c = row * kCoefficients;

@@ -39,7 +39,9 @@ ARCHS = ("75", "80", "90", "100", "120")
 STATIC_SHARED = 8 << 10  # bytes, at most
 
 # Kernels that may have local memory, and why. A pattern of the name as budget.json writes it.
-LOCAL = {}
+LOCAL = {
+    r"^denoising_loss_kernel<(double|f16), true>": "nvcc 13 spills 8 bytes (f16, sm_80), 16 (float64, sm_120)",
+}
 
 # Instructions as the disassembly writes them, from their beginning.
 LOAD_128 = r"LDG\.E\.(\w+\.)*128"
@@ -61,6 +63,9 @@ ASKED = (
     # x, model_output, uncond, three histories, noise, variance; out, x0
     Asked(r"diffusion_step_kernel<(float|.*bf16|.*f16), \d, true>", {LOAD_128: 8, STORE_128: 2}),
     Asked(r"philox_fill_kernel<float>", {STORE_128: 1}),
+    # x0, noise; x_t, target. pred, x0; the gradient. x0, x1; x_t, u
+    Asked(r"(add_noise|flow_pair)_kernel<(float|.*bf16|.*f16), true>", {LOAD_128: 2, STORE_128: 2}),
+    Asked(r"denoising_loss_kernel<(float|.*bf16|.*f16), true>", {LOAD_128: 2, STORE_128: 1}),
     # three products for every block of P: x and P to shared memory 16 bytes at a time, grad_x back in whole packs
     Asked(r"gmm_matrix_log_prob_kernel<\d+, false>", {MMA_TF32: 24, COPY_128: 3, r"LDS\.128": 4}, since=80),
     Asked(r"gmm_matrix_log_prob_kernel<\d+, true>", {MMA_TF32: 8, COPY_128: 3, r"LDS\.64": 4}, since=80),

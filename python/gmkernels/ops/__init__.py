@@ -10,6 +10,7 @@ from .kmeans import KMeansResult, kmeans, kmeans_plus_plus
 from .likelihood import discretized_logistic_mixture_nll, discretized_logistic_mixture_sample
 from .likelihood_elements import bernoulli_nll, categorical_nll, discretized_logistic_nll, gaussian_nll
 from .masked_conv import masked_conv2d
+from .noising import add_noise, denoising_loss, flow_pair
 from .random import philox_normal, philox_uniform
 
 __all__ = [
@@ -19,12 +20,15 @@ __all__ = [
     "GmmParameters",
     "GmmStatistics",
     "KMeansResult",
+    "add_noise",
     "bernoulli_nll",
     "categorical_nll",
+    "denoising_loss",
     "diffusion_step",
     "discretized_logistic_mixture_nll",
     "discretized_logistic_mixture_sample",
     "discretized_logistic_nll",
+    "flow_pair",
     "gaussian_nll",
     "gmm_condition",
     "gmm_em_statistics",

@@ -11,6 +11,7 @@ from .._call import DTYPE_CODE, Kernel, Op, check_int, check_tensor, plain_eager
 STREAM_NORMAL, STREAM_UNIFORM, STREAM_DIFFUSION_STEP = 0, 1, 2  # csrc/core/philox.h
 STREAM_KMEANS = 5  # drawn in Python only
 STREAM_LOGISTIC_MIXTURE = 7
+STREAM_ADD_NOISE, STREAM_FLOW_PAIR = 8, 9
 _NORMAL, _UNIFORM = 0, 1
 
 _fill = Kernel("philox_fill")

@@ -1,0 +1,279 @@
+// One thread makes a group of 16 bytes of each tensor (4 elements at least: one Philox block). Bound: memory, streams *
+// numel * sizeof(T), with some 85 operations an element for a normal number beside it. A seed starts at its own block 0 and a
+// sum has its parts and its order from the sizes alone: nothing depends on the grid.
+#include "cuda/prims.cuh"
+#include "training/noising.h"
+
+namespace gmk {
+namespace {
+
+template <class T>
+struct Real {
+  using type = float;
+  static GMK_DEV float from(T x) { return to_float(x); }
+  static GMK_DEV T to(float x) { return from_float<T>(x); }
+};
+template <>
+struct Real<double> {
+  using type = double;
+  static GMK_DEV double from(double x) { return x; }
+  static GMK_DEV double to(double x) { return x; }
+};
+template <class T>
+constexpr int kGroup = sizeof(T) == 2 ? 8 : 4;
+
+// `count` elements of a stream: one 16-byte access where the launcher has seen that it is aligned.
+template <class T, bool kPacked, int n>
+GMK_DEV void read(const void* stream, int64_t at, int count, typename Real<T>::type (&v)[n]) {
+  const T* const p = static_cast<const T*>(stream) + at;
+  if (kPacked && count == n) {
+    const Pack<T, n> pack = load_pack<T, n>(p);
+#pragma unroll
+    for (int i = 0; i < n; ++i) v[i] = Real<T>::from(pack.v[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) v[i] = i < count ? Real<T>::from(p[i]) : 0;
+  }
+}
+template <class T, bool kPacked, int n>
+GMK_DEV void write(void* stream, int64_t at, int count, const typename Real<T>::type (&v)[n]) {
+  T* const p = static_cast<T*>(stream) + at;
+  if (kPacked && count == n) {
+    Pack<T, n> pack;
+#pragma unroll
+    for (int i = 0; i < n; ++i) pack.v[i] = Real<T>::to(v[i]);
+    store_pack(p, pack);
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      if (i < count) p[i] = Real<T>::to(v[i]);
+  }
+}
+template <class R>
+GMK_DEV R term(R c, R x) {
+  return c != R(0) ? c * x : R(0);
+}
+template <class R>
+GMK_DEV NoisingRow<R> row_of(const NoiseSchedule& s, int64_t sample, int target) {
+  return s.wide ? noising_row<R, double>(s, sample, target) : noising_row<R, float>(s, sample, target);
+}
+
+// Groups of a tensor, counted within each row of seeds.
+struct Groups {
+  int64_t rows, size, per_row, total, sample;
+};
+template <class T>
+Groups groups_of(int64_t numel, int64_t rows, int64_t samples) {
+  const int64_t size = numel / rows, per_row = (size + kGroup<T> - 1) / kGroup<T>;
+  return {rows, size, per_row, rows * per_row, numel / samples};
+}
+struct Place {
+  int64_t at, first, last;  // its first element; the samples of its first and last
+  int count;
+};
+template <int n>
+GMK_DEV Place place_of(const Groups& g, int64_t group, int64_t* seed_row, int64_t* block) {
+  *seed_row = g.rows == 1 ? 0 : group / g.per_row;
+  const int64_t in_row = g.rows == 1 ? group : group % g.per_row, left = g.size - in_row * n;
+  *block = in_row * (n / 4);
+  const int64_t at = *seed_row * g.size + in_row * n;
+  const int count = left < n ? int(left) : n;
+  return {at, at / g.sample, (at + count - 1) / g.sample, count};
+}
+template <class T, bool kPacked, int n>
+GMK_DEV void noise_of(const NoiseSource& noise, const Place& at, int64_t seed_row, int64_t block,
+                      typename Real<T>::type (&z)[n]) {
+  if (noise.given) {
+    read<T, kPacked>(noise.given, at.at, at.count, z);
+  } else {
+    const PhiloxKey key = philox_key(noise.seeds ? uint64_t(noise.seeds[seed_row]) : noise.seed);
+    float made[n];
+#pragma unroll
+    for (int i = 0; i < n; i += 4)
+      normals_from(philox(uint64_t(block + i / 4), noise.step, noise.stream, key), made + i);
+#pragma unroll
+    for (int i = 0; i < n; ++i) z[i] = typename Real<T>::type(made[i]);
+  }
+}
+
+template <class T, bool kPacked>
+__global__ void __launch_bounds__(256) add_noise_kernel(AddNoise a, Groups g) {
+  using R = typename Real<T>::type;
+  constexpr int n = kGroup<T>;
+  const int64_t stride = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t group = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; group < g.total; group += stride) {
+    int64_t seed_row, block;
+    const Place at = place_of<n>(g, group, &seed_row, &block);
+    R x[n], z[n], y[n];
+    noise_of<T, kPacked>(a.noise, at, seed_row, block, z);
+    read<T, kPacked>(a.x0, at.at, at.count, x);
+    NoisingRow<R> row = row_of<R>(a.schedule, at.first, a.target_kind);
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (at.first != at.last && i < at.count) row = row_of<R>(a.schedule, (at.at + i) / g.sample, a.target_kind);
+      const R clean = x[i];
+      x[i] = term(row.alpha, clean) + term(row.sigma, z[i]);
+      y[i] = term(row.p, clean) + term(row.q, z[i]);
+    }
+    write<T, kPacked>(a.xt, at.at, at.count, x);
+    if (a.target) write<T, kPacked>(a.target, at.at, at.count, y);
+  }
+}
+
+// The sum of a block of 256 threads, in thread 0, always added in the same order.
+GMK_DEV double block_sum(double v, double* shared) {
+  v = warp_sum(v);
+  __syncthreads();  // the one before has been read
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+  __syncthreads();
+  double sum = 0;
+  if (threadIdx.x == 0)
+    for (int w = 0; w < 8; ++w) sum += shared[w];
+  return sum;
+}
+
+// A part is 256 groups.
+template <class T, bool kPacked>
+__global__ void __launch_bounds__(256) denoising_loss_kernel(DenoisingLoss a, Groups g, int64_t parts, double slope) {
+  using R = typename Real<T>::type;
+  constexpr int n = kGroup<T>;
+  GMK_SHARED(shared, double[8]);
+  for (int64_t part = blockIdx.x; part < parts; part += gridDim.x) {
+    const int64_t group = part * 256 + threadIdx.x;
+    double sum = 0;
+    if (group < g.total) {
+      int64_t seed_row, block;
+      const Place at = place_of<n>(g, group, &seed_row, &block);
+      R x[n], z[n], d[n];
+      noise_of<T, kPacked>(a.noise, at, seed_row, block, z);
+      read<T, kPacked>(a.pred, at.at, at.count, d);
+#pragma unroll
+      for (int i = 0; i < n; ++i) x[i] = 0;
+      if (a.x0) read<T, kPacked>(a.x0, at.at, at.count, x);
+      NoisingRow<R> row{};
+      R weight = 1, scale = 0, squares = 0;
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        if (i == 0 || (at.first != at.last && i < at.count)) {
+          const int64_t sample = (at.at + i) / g.sample;
+          row = row_of<R>(a.schedule, sample, a.target_kind);
+          if (a.weight_kind == kMinSnr) weight = min_snr_weight(row.alpha, row.sigma, R(a.gamma), a.target_kind);
+          if (a.weight_kind == kGivenWeight)
+            weight = a.schedule.wide ? R(static_cast<const double*>(a.weight)[sample])
+                                     : R(static_cast<const float*>(a.weight)[sample]);
+          scale = R(double(weight) * slope);
+        }
+        const R difference = d[i] - (term(row.p, x[i]) + term(row.q, z[i]));
+        if (i < at.count) squares += weight * difference * difference;
+        d[i] = scale * difference;
+      }
+      sum = double(squares);
+      if (a.grad) write<T, kPacked>(a.grad, at.at, at.count, d);
+    }
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) a.partials[part] = sum;
+  }
+}
+template <class R>
+__global__ void __launch_bounds__(256) denoising_loss_sum_kernel(DenoisingLoss a, int64_t parts) {
+  GMK_SHARED(shared, double[8]);
+  double sum = 0;
+  for (int64_t part = threadIdx.x; part < parts; part += 256) sum += a.partials[part];
+  sum = block_sum(sum, shared);
+  if (threadIdx.x == 0) *static_cast<R*>(a.loss) = R(sum / double(a.numel));
+}
+
+template <class T, bool kPacked>
+__global__ void __launch_bounds__(256) flow_pair_kernel(FlowPair a, Groups g) {
+  using R = typename Real<T>::type;
+  constexpr int n = kGroup<T>;
+  const int64_t stride = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t group = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; group < g.total; group += stride) {
+    int64_t seed_row, block;
+    const Place at = place_of<n>(g, group, &seed_row, &block);
+    R from[n], to[n], z[n];
+    read<T, kPacked>(a.x0, at.at, at.count, from);
+    read<T, kPacked>(a.x1, at.at, at.count, to);
+    if (a.sigma != 0) {
+      noise_of<T, kPacked>(a.noise, at, seed_row, block, z);
+    } else {
+#pragma unroll
+      for (int i = 0; i < n; ++i) z[i] = 0;
+    }
+    R t = 0;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      if (i == 0 || (at.first != at.last && i < at.count)) {
+        const int64_t sample = (at.at + i) / g.sample;
+        t = a.wide ? R(static_cast<const double*>(a.t)[sample]) : R(static_cast<const float*>(a.t)[sample]);
+      }
+      const R x = (R(1) - t) * from[i] + t * to[i] + R(a.sigma) * z[i];
+      to[i] -= from[i];
+      from[i] = x;
+    }
+    write<T, kPacked>(a.xt, at.at, at.count, from);
+    write<T, kPacked>(a.u, at.at, at.count, to);
+  }
+}
+
+template <class T, size_t n>
+bool packed(const Groups& g, const void* const (&streams)[n]) {
+  bool yes = g.rows == 1 || g.size % kGroup<T> == 0;
+  for (const void* p : streams) yes = yes && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  return yes;
+}
+
+template <class T>
+Status launch(const AddNoise& a, void* stream) {
+  const Groups g = groups_of<T>(a.numel, a.noise.given ? 1 : a.noise.seed_rows, a.schedule.samples);
+  const unsigned grid = grid_for(g.total, 256);
+  const void* const streams[] = {a.xt, a.target, a.x0, a.noise.given};
+  if (packed<T>(g, streams)) return GMK_LAUNCH((add_noise_kernel<T, true>), grid, 256, 0, stream, a, g);
+  return GMK_LAUNCH((add_noise_kernel<T, false>), grid, 256, 0, stream, a, g);
+}
+template <class T>
+Status launch(const DenoisingLoss& a, void* stream) {
+  const Groups g = groups_of<T>(a.numel, a.noise.seed_rows, a.schedule.samples);
+  const int64_t parts = (g.total + 255) / 256;  // at most denoising_loss_partials()
+  const unsigned grid = grid_for(parts, 1);
+  const double slope = 2.0 / double(a.numel);  // of the gradient; a division costs a GPU registers
+  const void* const streams[] = {a.pred, a.grad, a.x0};
+  const Status status = packed<T>(g, streams)
+                            ? GMK_LAUNCH((denoising_loss_kernel<T, true>), grid, 256, 0, stream, a, g, parts, slope)
+                            : GMK_LAUNCH((denoising_loss_kernel<T, false>), grid, 256, 0, stream, a, g, parts, slope);
+  if (status) return status;
+  return GMK_LAUNCH((denoising_loss_sum_kernel<typename Real<T>::type>), 1, 256, 0, stream, a, parts);
+}
+template <class T>
+Status launch(const FlowPair& a, void* stream) {
+  const Groups g = groups_of<T>(a.numel, a.sigma != 0 ? a.noise.seed_rows : 1, a.samples);
+  const unsigned grid = grid_for(g.total, 256);
+  const void* const streams[] = {a.xt, a.u, a.x0, a.x1};
+  if (packed<T>(g, streams)) return GMK_LAUNCH((flow_pair_kernel<T, true>), grid, 256, 0, stream, a, g);
+  return GMK_LAUNCH((flow_pair_kernel<T, false>), grid, 256, 0, stream, a, g);
+}
+
+template <class Args>
+Status by_dtype(const Args& a, int device, void* stream) {
+  if (a.numel <= 0) return kOk;
+  const DeviceGuard guard(device);
+  switch (a.dtype) {
+    case kFloat32:
+      return launch<float>(a, stream);
+    case kFloat64:
+      return launch<double>(a, stream);
+    case kBFloat16:
+      return launch<bf16>(a, stream);
+    case kFloat16:
+      return launch<f16>(a, stream);
+  }
+  return "unknown dtype";
+}
+
+}  // namespace
+
+Status add_noise_cuda(const AddNoise& a, int device, void* stream) { return by_dtype(a, device, stream); }
+Status denoising_loss_cuda(const DenoisingLoss& a, int device, void* stream) { return by_dtype(a, device, stream); }
+Status flow_pair_cuda(const FlowPair& a, int device, void* stream) { return by_dtype(a, device, stream); }
+
+}  // namespace gmk
