@@ -194,7 +194,7 @@ def add_noise(x0, t, schedule, *, seed=None, noise=None, target=None, step=0):
             the device, such a sample becomes NaN.
         schedule: float32 [times, 2], pairs (alpha, sigma); for float64 data also float64.
         seed: as in :func:`philox_normal`: None draws one, an int counts over the whole tensor, an int64 tensor [b]
-            seeds each sample on its own. z is ``philox_normal(x0.shape, seed, step, stream=7)``.
+            seeds each sample on its own. z is ``philox_normal(x0.shape, seed, step, stream=8)``.
         noise: a tensor to use as z, of x0's shape and dtype; then no seed.
         target: None, or a name of the table.
         step: counter word 2, in ``[0, 2**32)``.
@@ -415,7 +415,7 @@ def flow_pair(x0, x1, t, sigma=0.0, *, seed=None, step=0):
         x0, x1: [b, ...] of one shape and dtype, the source and the data; float32, float64, bfloat16 or float16.
         t: float32 [b] or [] (for float64 data also float64), usually in [0, 1]; not checked.
         sigma: a float, not negative.
-        seed, step: as in :func:`philox_normal`; z is ``philox_normal(x0.shape, seed, step, stream=8)``.
+        seed, step: as in :func:`philox_normal`; z is ``philox_normal(x0.shape, seed, step, stream=9)``.
 
     Returns ``(x_t, u_t)``. Gradients flow to x0, x1 and t, any number of times. NaN and infinity pass through.
 
