@@ -49,4 +49,4 @@ def loss_oracle(pred, x0, t, pairs, seed, target, weight=None, gamma=5.0, step=0
 
 def flow_oracle(x0, x1, t, sigma, seed, step=0):
     a, b, s = wide(x0), wide(x1), wide(t).reshape(-1, *(1,) * (x0.dim() - 1))
-    return (1 - s) * a + s * b + sigma * noise(x0, seed, step, 8), b - a
+    return (1 - s) * a + s * b + sigma * noise(x0, seed, step, 9), b - a

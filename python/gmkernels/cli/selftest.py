@@ -163,6 +163,38 @@ def _kmeans_plus_plus(device):
     )
 
 
+def _noising(device):
+    angle = torch.linspace(0.2, 1.4, 7, dtype=torch.float64)
+    schedule = torch.stack((angle.cos(), angle.sin()), 1).float().to(device)
+    return _data(device, 3, 4, 9, 11), torch.tensor([0, 6, 3], device=device), schedule
+
+
+def _add_noise(device):
+    args = _noising(device)
+    x0, t, schedule = (a.cpu() for a in args)
+    return (
+        lambda: torch.stack(ops.add_noise(*args, seed=7, target="v")),
+        lambda: torch.stack(reference.noising.add_noise_target(x0.double(), t, schedule.double(), target=2, seed=7)),
+    )
+
+
+def _denoising_loss(device):
+    args = _data(device, 3, 4, 9, 11, seed=1), *_noising(device)
+    pred, x0, t, schedule = (a.cpu() for a in args)
+    return (
+        lambda: ops.denoising_loss(*args, 7),
+        lambda: reference.noising.denoising_loss(pred.double(), x0.double(), t, schedule.double(), seed=7)[0],
+    )
+
+
+def _flow_pair(device):
+    x0, x1, t = _data(device, 3, 4, 9), _data(device, 3, 4, 9, seed=1), torch.tensor([0.0, 0.3, 1.0], device=device)
+    return (
+        lambda: torch.stack(ops.flow_pair(x0, x1, t, 0.1, seed=7)),
+        lambda: torch.stack(reference.noising.flow_pair(*_in_float64(x0, x1, t), sigma=0.1, seed=7)),
+    )
+
+
 def _pixels(device):
     """Parameters of 4 components, and x on the grid of 256 values."""
     x = (127.5 + 60 * _data(device, 2, 3, 9, 11, seed=1)).round().clamp(0, 255) / 127.5 - 1
@@ -232,6 +264,9 @@ CASES = {
     "philox_normal": _philox_normal,
     "philox_uniform": _philox_uniform,
     "diffusion_step": _diffusion_step,
+    "add_noise": _add_noise,
+    "denoising_loss": _denoising_loss,
+    "flow_pair": _flow_pair,
     "bernoulli_nll": _bernoulli_nll,
     "categorical_nll": _categorical_nll,
     "gaussian_nll": _gaussian_nll,
