@@ -37,7 +37,7 @@ def limit(name, config):
     clips = config.get("clip_sample", name in ("DDPM", "DDIM")) or config.get("thresholding")
     third = config.get("solver_order") == 3 or config.get("predict_x0") is False
     if name == "DPMSolverSinglestep" and third and str(config.get("algorithm_type")).startswith("sde"):
-        return 1e-3  # its weights cancel most of all: 2e-6 with the state in float64, where the coefficients are the same
+        return 1e-3  # its weights cancel most of all: 2e-6 with the state in float64, from the same coefficients
     return 1e-5 if third else 5e-6 if clips else 2e-6
 
 
