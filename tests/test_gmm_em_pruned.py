@@ -117,6 +117,36 @@ def test_rows_far_from_everything(isa):
 
 
 @pytest.mark.parametrize("covariance_type", ["full", "diag"])
+def test_a_nan_among_rows_too_far_for_a_density(isa, covariance_type):
+    """All bounds are -inf, the first component is left out, and the NaN is in the last feature."""
+    for dtype, far in ((F32, 9.97e36), (F64, 1e200)):
+        for n in (3, 16, 64):
+            args = mixture(n, 16, 64, covariance_type, dtype)
+            args[1][0] = -INF
+            args[0][:, 0], args[0][0, 15] = far, NAN
+            stat = ops.gmm_em_statistics(*args, covariance_type)
+            assert stat.log_likelihood.isnan() and stat.nk.isnan().all()
+
+
+@pytest.mark.parametrize("dtype, huge", [(F32, 3e38), (F64, 1.5e308)])
+def test_products_that_overflow_in_the_last_features(isa, dtype, huge):
+    """inf - inf gives NaN: it must not depend on how many blocks before were finished, so not on the threads."""
+    x, lw, means, p = near(2 * ops.GMM_EM_ROWS, 16, 20, "full", dtype, 1.0)
+    means[:, 12], means[5, 12], means[5, 0], x[:, 12] = huge, -huge, 100, huge
+    x[: ops.GMM_EM_ROWS, :8] *= 0.01
+    threads, sums = torch.get_num_threads(), []
+    try:
+        for rows, count in ((x, 1), (x, 2), (x.flip(0), 1)):
+            torch.set_num_threads(count)
+            sums.append(ops.gmm_em_statistics(rows, lw, means, p, "full").log_likelihood)
+    finally:
+        torch.set_num_threads(threads)
+    dense = ops.gmm_log_prob(x, lw, means, p, "full").double().sum()
+    for ll in sums:
+        assert ll.isnan() == dense.isnan()
+
+
+@pytest.mark.parametrize("covariance_type", ["full", "diag"])
 def test_same_bits_on_any_thread_count(isa, covariance_type):
     args = near(3 * ops.GMM_EM_ROWS + 5, 32, 20, covariance_type, F32, 1.2)
     args[0][ops.GMM_EM_ROWS : ops.GMM_EM_ROWS + 900] *= 0.01  # rows that meet all components: given up for a while

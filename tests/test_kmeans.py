@@ -34,6 +34,9 @@ def test_choice_at_any_scale(isa):
     for power in (-480, -60, 100, 480):
         got = ops.kmeans_plus_plus(x * 2.0**power, 12, uniforms=uniforms_of(12, 0))[1]
         assert torch.equal(got, want)
+    tiny = torch.arange(8, dtype=F64)[:, None] * 1e-158  # squared distances are subnormal
+    got = ops.kmeans_plus_plus(tiny, 4, sample_weight=torch.tensor([0.0] + 7 * [1.0]).double(), seed=0)[1]
+    assert len(set(got.tolist()) - {0}) == 4
 
 
 # beside scikit-learn --------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ namespace {
 // A responsibility whose logarithm is less counts as 0: its products would be subnormal.
 template <class T>
 constexpr T kSubnormal = T(sizeof(T) == 4 ? -69 : -640);
-// In sums: 2^-64 and 2^-93. A component of less than 2^-40 of the weight is dead; to every other one what is left out adds
-// less than a rounding.
+// In sums: 2^-64 and 2^-93. A component of less than 2^-40 of the weight is dead; to the weight of every other one what is
+// left out adds less than a rounding (to a second moment that times its squared distance in standard deviations).
 template <class T>
 constexpr T kNegligible = T(sizeof(T) == 4 ? -44.3614196 : -64.4627329);
 

@@ -1,7 +1,8 @@
 // CPU only: the log-densities of a block of rows where most components are far from most rows. The squares of the first
-// features bound a density from above, and never less in floating point, since adding a square never makes a sum smaller.
-// The component of the largest bound of each row is finished first (and shows a NaN that the row may have); a word of rows in which no bound comes within a responsibility that
-// counts is never finished. What is finished has the bits that it has without this, and what is not has responsibility 0.
+// features bound a density from above, and never less in floating point, since adding a square never makes a sum
+// smaller. The component of the largest bound of each row is finished first (and shows a NaN that the row may have);
+// a word of rows in which no bound comes within a responsibility that counts is never finished. What is finished has
+// the bits that it has without this, and what is not has responsibility 0.
 #pragma once
 #include "gmm/gmm_em_block.h"
 
@@ -12,22 +13,28 @@ namespace {
 constexpr int64_t kPruneFeatures = 16, kPruneComponents = 16;  // the fewest; at least as many components as lanes
 constexpr int kPruneRest = 64;                                 // blocks until it is tried again
 
-// A NaN in a feature that is not looked at must not be missed.
+// The largest factors of a mixture; infinity or NaN if there is one, which must not be missed where it is not looked at.
 template <class T>
-static bool all_finite(const Mixture<T>& m, bool matrix) {
+struct Magnitudes {
+  T mean = 0, precision = 0;
+};
+template <class T>
+static Magnitudes<T> magnitudes(const Mixture<T>& m, bool matrix) {
+  Magnitudes<T> most;
+  const auto meet = [](T& largest, T v) {
+    v = v < T(0) ? -v : v;
+    if (!(v <= largest) && largest == largest) largest = v;
+  };
   for (int64_t c = 0; c < m.k; ++c) {
     if (m.constants[c] == T(-INFINITY)) continue;
-    T sum = 0;
     for (int64_t f = 0; f < m.d; ++f) {
-      sum += m.means[c * m.d + f] * T(0);
-      if (!matrix) sum += (m.scales[c * m.d + f] + m.shifts[c * m.d + f]) * T(0);
+      meet(most.mean, m.means[c * m.d + f]);
+      if (!matrix) meet(most.precision, m.scales[c * m.d + f]);
     }
-    if (matrix && (c == 0 || m.matrix_step))
-      for (int64_t i = 0; i < m.d; ++i)
-        for (int64_t j = i; j < m.d; ++j) sum += m.matrices[c * m.matrix_step + i * m.d + j] * T(0);
-    if (!(sum == T(0))) return false;
+    for (int64_t i = 0; matrix && i < m.d; ++i)
+      for (int64_t j = i; j < m.d; ++j) meet(most.precision, m.matrices[c * m.matrix_step + i * m.d + j]);
   }
-  return true;
+  return most;
 }
 
 template <class T, int rows>
@@ -35,15 +42,34 @@ struct Pruning {
   static constexpr int n = simd<T>::n;
   using v = typename simd<T>::v;
   bool possible = false;
-  int rest = 0;  // blocks that go without
+  int rest = 0;             // blocks that go without
+  int64_t first = 0, live;  // of the components that count: the first, and how many
+  Magnitudes<T> most;
 
   void take(const Mixture<T>& m, bool matrix) {
     rest = 0;
-    possible = m.d >= kPruneFeatures && m.k >= kPruneComponents && all_finite(m, matrix);
+    possible = m.d >= kPruneFeatures && m.k >= kPruneComponents;
+    if (!possible) return;
+    most = magnitudes(m, matrix);
+    live = 0;
+    for (int64_t c = m.k; c-- > 0;)
+      if (m.constants[c] != T(-INFINITY)) first = c, ++live;
+  }
+  // No product of finite numbers is infinite: infinity times 0, or less itself, would be a NaN of the last features.
+  bool safe(const Block<T, rows>& block, const Mixture<T>& m) const {
+    v x{};
+    for (int64_t f = 0; f < m.d; ++f)
+      for (int row = 0; row < block.used; row += n) {
+        const v t = load(block.x + f * rows + row);
+        x = vmax(select((typename simd<T>::i)(t < v{}), -t, t), x);  // not a NaN
+      }
+    T largest = 0;
+    for (int l = 0; l < n; ++l) largest = x[l] > largest ? x[l] : largest;
+    return (largest + 3 * most.mean) * most.precision * T(m.d) < T(sizeof(T) == 4 ? 1e37 : 1e307);
   }
 
   void densities(Block<T, rows>& block, const Mixture<T>& m, bool matrix) {
-    if (!possible || rest) {
+    if (!possible || rest || !live || !safe(block, m)) {
       rest -= rest > 0;
       block.densities(m, matrix);
       return;
@@ -60,7 +86,7 @@ struct Pruning {
                     : m.centred ? word<false, true>(block, m, from + w * n, w, split)
                                 : word<false, false>(block, m, from + w * n, w, split);
     }
-    if (4 * finished > 3 * words * m.k) rest = kPruneRest;
+    if (4 * finished > 3 * words * live) rest = kPruneRest;
   }
 
   // From sums of squares to densities: components list[0] .. list[V - 1], together, for a sum is a chain.
@@ -68,7 +94,7 @@ struct Pruning {
   static void finish(T* e, const T* x, const Mixture<T>& m, const int32_t* list, int64_t split) {
     v sum[V];
 #pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) sum[i] = load(e + list[i] * rows);
+    for (int i = 0; i < V; ++i) sum[i] = load(e + int64_t(list[i]) * rows);
     if (matrix)
 #pragma GCC unroll 4
       for (int i = 0; i < V; ++i) {
@@ -84,7 +110,7 @@ struct Pruning {
           sum[i] = madd(y, y, sum[i]);
         }
 #pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) store(e + list[i] * rows, density(sum[i], m, list[i]));
+    for (int i = 0; i < V; ++i) store(e + int64_t(list[i]) * rows, density(sum[i], m, list[i]));
   }
   template <bool matrix, bool centred>
   static void finish_all(T* e, const T* x, const Mixture<T>& m, const int32_t* list, int count, int64_t split) {
@@ -95,12 +121,12 @@ struct Pruning {
 
   // From sums of squares to densities or, for components that no row of the word meets, 0. How many were finished.
   template <bool matrix, bool centred>
-  static int word(Block<T, rows>& block, const Mixture<T>& m, const T* x, int u, int64_t split) {
+  int word(Block<T, rows>& block, const Mixture<T>& m, const T* x, int u, int64_t split) {
     using i = typename simd<T>::i;
     using lane = decltype(i{}[0] + 0);
     T* const e = block.e + u * n;
     v best = splat(T(-INFINITY));
-    i arg{};
+    i arg = i{} + lane(first);  // where all bounds are -inf
     for (int64_t c = 0; c < m.k; ++c) {
       if (m.constants[c] == T(-INFINITY)) continue;
       const v bound = density(load(e + c * rows), m, c);
@@ -118,7 +144,7 @@ struct Pruning {
     }
     finish_all<matrix, centred>(e, x, m, list, champions, split);
     v top = splat(T(-INFINITY));
-    for (int l = 0; l < champions; ++l) top = vmax(load(e + list[l] * rows), top);
+    for (int l = 0; l < champions; ++l) top = vmax(load(e + int64_t(list[l]) * rows), top);
     // Far beyond the rounding of either side: a density just below is still computed, and then left out.
     const v size = select((i)(top < v{}), -top, top);
     const v least = madd(size, splat(T(-0x1p-20)), top) + splat(kNegligible<T> - T(1));

@@ -20,7 +20,8 @@ GMK_INLINE vdouble unpack(const uint32_t* p) {
 }
 GMK_INLINE vfloat unpack(const float* p) { return load(p); }
 GMK_INLINE void pack(uint32_t* p, vdouble x) {
-  const vupper upper = __builtin_convertvector(((vulong)x + 0x80000000u) >> 32, vupper);
+  const vlong number = (vlong)(((vulong)x + 0x80000000u) >> 32), lost = (number == 0) & (vlong)(x > vdouble{});
+  const vupper upper = __builtin_convertvector((vulong)(number - lost), vupper);  // what is not 0 does not become it
   memcpy(p, &upper, sizeof upper);
 }
 GMK_INLINE void pack(float* p, vfloat x) { store(p, x); }
@@ -132,7 +133,10 @@ class PlusPlus {
         found = sum > at && part > 0;
       }
     });
-    return last < 0 ? group * kKmeansGroupRows : last;
+    if (last >= 0) return last;
+    int64_t i = group * kKmeansGroupRows;
+    while (i + 1 < rows_.group_end(group) && !(rows_.weight_of(i) > 0)) ++i;
+    return i;
   }
 
   // The candidate that leaves least, its group sums in place of the present ones.

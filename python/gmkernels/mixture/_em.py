@@ -14,7 +14,7 @@ class Memory:
     """Rows in memory. Those that lack entries are grouped by pattern once; those without any entry count nowhere."""
 
     def __init__(self, x, weights, allow_tf32=False):
-        self.dtype, self.ahead, self.allow_tf32 = x.dtype, int(x.is_cuda), allow_tf32
+        self.dtype, self.ahead, self.allow_tf32 = x.dtype, int(x.is_cuda), bool(allow_tf32)
         self.x, self.weights, self.patterns, self.pattern_weights = x, weights, None, None
         if bool(x.sum().isfinite()):  # no NaN
             self.x = x.contiguous()
@@ -43,7 +43,7 @@ class Blocks:
     ahead = 0  # reading it once in vain costs more than waiting
 
     def __init__(self, stream, allow_tf32=False):
-        self.stream, self.dtype, self.allow_tf32 = stream, stream.dtype, allow_tf32
+        self.stream, self.dtype, self.allow_tf32 = stream, stream.dtype, bool(allow_tf32)
 
     def statistics(self, parameters):
         stat = None
