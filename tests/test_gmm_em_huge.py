@@ -19,7 +19,7 @@ def statistics(outs, scratch, ins, sizes, covariance, slabs=1, strides=(0, 0, 0,
     """`scratch`: sums of slabs, of groups, rows."""
     with backend.running(blocks=[-1]):
         _call.Kernel.backend("gmm_em_statistics", (*outs, *scratch, None), ins,
-                             (slabs, 0, strides, *sizes, 0, covariance, weight_stride, shift_stride))
+                             (slabs, 0, strides, *sizes, 0, covariance, weight_stride, shift_stride, False))
         return [backend.written(t) for t in (*outs, *scratch) if t.numel()]
 
 

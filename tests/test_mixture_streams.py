@@ -63,7 +63,7 @@ def test_passes(monkeypatch):
     """One to begin with, one per iteration; never more rows at once than a block and a batch."""
     most = []
     original = _em.Memory.__init__
-    monkeypatch.setattr(_em.Memory, "__init__", lambda self, x, w: most.append(len(x)) or original(self, x, w))
+    monkeypatch.setattr(_em.Memory, "__init__", lambda self, x, *more: most.append(len(x)) or original(self, x, *more))
     monkeypatch.setattr(_rows, "STREAM_ROWS", 128)
     stream = Batches(X)
     with quiet():
