@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import cases
 from gmkernels import GaussianMixture, ops
 from test_gmm import F32, F64, NAN, mixture
 from test_gmm_em import PARTS, exact, weights_of
@@ -26,7 +27,7 @@ def test_fewer_digits(device, covariance_type):
         assert max(relative(args, covariance_type, three, weights)) < 1e-5
         errors = relative(args, covariance_type, one, weights)
         assert max(errors) < 2e-2
-        if device.name == "cpu":  # no tensor cores
+        if device.name == "cpu" or cases.rehearsal:  # no tensor cores
             assert torch.equal(one.sums, three.sums)
         else:
             assert max(errors) > 1e-5
@@ -65,7 +66,7 @@ def test_estimator(device):
     x = x.to(device.torch)
     fits = [GaussianMixture(2, allow_tf32=allowed, random_state=0).fit(x) for allowed in (False, True)]
     assert abs(fits[0].means_ - fits[1].means_).max() < 1e-2
-    assert device.name == "cpu" or (fits[0].covariances_ != fits[1].covariances_).any()
+    assert device.name == "cpu" or cases.rehearsal or (fits[0].covariances_ != fits[1].covariances_).any()
     part = GaussianMixture(2, allow_tf32=True, random_state=0).partial_fit(x)
     assert abs(part.means_ - fits[0].means_).max() < 0.5
     x[3, 2] = NAN
