@@ -82,7 +82,7 @@ GMK_INLINE void few_word(const Few<T>& g, const Columns<typename Few<T>::real>& 
   if (kMore) {
     for (int h = 0; h < 3; ++h)
       if (g.h[h]) out = hidden_madd<V, I>(coefficient(kC2 + h), get(g.h[h] + i, count...), out);
-    if (g.z) out = hidden_madd<V, I>(coefficient(kS), load(g.z + i), out);
+    if (g.z) out = hidden_madd<V, I>(coefficient(kS), get(g.z + i, count...), out);
   }
   put(g.out + i, out, count...);
   if (kMore && g.x0) put(g.x0 + i, x0, count...);

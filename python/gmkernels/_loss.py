@@ -22,7 +22,8 @@ def reduced(nll, reduction):
     if reduction == "none":
         return nll
     if reduction == "image":
-        return nll.flatten(1).sum(1, dtype=torch.float64).to(nll.dtype)
+        nll = nll.flatten(1) if nll.dim() > 1 else nll[:, None]
+        return nll.sum(1, dtype=torch.float64).to(nll.dtype)
     total = nll.sum(dtype=torch.float64)
     return (total if reduction == "sum" else total / nll.numel()).to(nll.dtype)
 
@@ -60,7 +61,8 @@ def _scaled(gradient, g, own):
     factor = g.reshape(*g.shape[:1], 1, *g.shape[1:], *(1,) * (gradient.dim() - 1 - g.dim())) if g.dim() else g
     if is_compiling() or torch.is_grad_enabled() or _call._observed() or not own or _keeps_graph():
         return gradient * factor
-    if g.dim() == 0 and g.dtype is gradient.dtype and g.device == gradient.device:
+    plain = type(g) is type(gradient) is torch.Tensor and not g.is_neg() and not g._is_zerotensor()
+    if plain and g.dim() == 0 and g.dtype is gradient.dtype and g.device == gradient.device:
         if g.is_cuda or Kernel.backend is not None or g.is_cpu:
             g = g.contiguous()
             _scale((gradient,), (gradient, g), gradient.numel(), DTYPE_CODE[g.dtype])

@@ -292,7 +292,7 @@ def _loss_backward(ctx, g, _):
     if x0 is not None:
         want = want + term(p, x0.to(real))
     difference = pred.to(real) - want
-    by_pred = g.to(real) * (2.0 / pred.numel()) * w * difference
+    by_pred = g.to(real) * (2.0 / max(pred.numel(), 1)) * w * difference
     by_x0 = term(-p, by_pred).to(x0.dtype) if need[1] and x0 is not None else None
     by_weight = None
     if need[4]:

@@ -83,7 +83,7 @@ def denoising_loss(pred, x0, t, schedule, weight=None, seeds=None, target=0, wei
     w = weights(alpha, sigma, weight, weighting, gamma, TARGETS[target], pred)
     difference = pred.to(real) - want
     loss = (w * difference * difference).double().mean().to(real)
-    grad = (2.0 / pred.numel() * w * difference).to(pred.dtype) if with_grad else pred.new_empty(0)
+    grad = (2.0 / max(pred.numel(), 1) * w * difference).to(pred.dtype) if with_grad else pred.new_empty(0)
     return loss, grad.detach()
 
 

@@ -29,7 +29,7 @@ class Plan:
         self.version = version(self.source), version(self.timesteps)
         self.times = [] if self.timesteps is None else self.timesteps.tolist()
         self.single = self.timesteps is not None and self.timesteps.dtype is torch.float32
-        self.first = self.timesteps.data_ptr() if self.times else 0
+        self.first = self.timesteps.data_ptr() if self.times and self.timesteps.is_contiguous() else 0
         self.threshold = bool(config.get("thresholding"))
         self.clip = float(config["clip_sample_range"]) if config.get("clip_sample") and not self.threshold else None
         self.noise = Noise()

@@ -43,7 +43,7 @@ class UniPCMultistepScheduler(Noised, diffusers.UniPCMultistepScheduler):
                 x, m = ops.diffusion_step(x, m, mend.row(i, x), history=(last, *earlier[:2]), return_x0=True)
             else:
                 x, m = ops.diffusion_step(x, m, mend.row(i, x), history=tuple(earlier[:3]), return_x0=True)
-                ops.diffusion_step(x, last, plan.tables["last"].row(i, x), out=x)
+                x = ops.diffusion_step(x, last, plan.tables["last"].row(i, x), out=None if x.requires_grad else x)
         if correct or plan.threshold:
             prev = ops.diffusion_step(x, m, predict.parts()[1].row(i, x), history=tuple(earlier[: order - 1]))
         else:
