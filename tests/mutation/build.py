@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import threading
 from functools import cached_property
 from pathlib import Path
 
@@ -100,7 +101,7 @@ class Builder:
 
     def bare(self, target):
         """The bytes of an object without debug information."""
-        copy = self.folder / "bare.o"
+        copy = self.folder / f"bare-{threading.get_ident()}.o"  # the jobs of a run share a builder
         subprocess.run(["objcopy", "-g", "--remove-section=.comment", str(target), str(copy)], check=True)
         return copy.read_bytes()
 
