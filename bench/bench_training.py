@@ -6,7 +6,7 @@ from .. import ops, reference
 from ..reference.noising import TARGETS
 from .case import Case
 
-OPS = ("add_noise", "denoising_loss", "flow_pair")
+OPS = ("add_noise", "denoising_loss", "flow_pair", "ema_update_")
 
 _TIMES = 1000
 
@@ -23,6 +23,10 @@ def cases(quick, device):
         yield _add((65536, 2), device)
         yield _loss((65536, 2), device, {})
         yield _flow((65536, 2), device)
+    cpu_goals = cpu and not quick
+    yield _ema([(200,)] * 600, "600 tensors of 200", device, {"_foreach_lerp_": 8.0} if cpu_goals else {})
+    if not quick:
+        yield _ema([(224, 224)] * 400, "400 tensors of 50k", device, {"_foreach_lerp_": 2.5} if cpu_goals else {})
 
 
 def _name(shape):
@@ -144,3 +148,35 @@ def _flow(shape, device):
 
     return Case("flow_pair", f"x_t and u {_name(shape)}", ours, {"eager": eager, "torch.compile": torch.compile(eager)},
                 bytes=4 * x0.numel() * 4, error=error)
+
+
+def _ema(shapes, name, device, goals):
+    values = [torch.randn(s, generator=torch.Generator().manual_seed(i)).to(device) for i, s in enumerate(shapes)]
+    averages = [[torch.ones_like(v) for v in values] for _ in range(4)]  # each way moves its own
+    decay, (ours, foreach, compiled, peer) = 0.999, averages
+
+    def lerp(ema):
+        torch._foreach_lerp_(ema, values, 1 - decay)
+
+    def error():
+        ema = [torch.zeros_like(v) for v in values]
+        ops.ema_update_(ema, values, decay)
+        return max(((e.double() - (1 - decay) * v.double()).abs().max() / v.abs().max()).item()
+                   for e, v in zip(ema, values, strict=True))
+
+    try:
+        from diffusers.training_utils import EMAModel
+    except ImportError:
+        of_diffusers = "not installed"
+    else:
+        model = EMAModel(values, decay=decay)
+        model.shadow_params, model.get_decay = peer, lambda _: decay
+
+        def of_diffusers():
+            model.step(values)
+
+    together = torch.compile(lerp)
+    return Case("ema_update_", f"{name} parameters", lambda: ops.ema_update_(ours, values, decay),
+                {"_foreach_lerp_": lambda: lerp(foreach), "torch.compile": lambda: together(compiled),
+                 "diffusers": of_diffusers},
+                bytes=3 * 4 * sum(v.numel() for v in values), error=error, goals=goals)

@@ -9,6 +9,7 @@ namespace gmk {
 void bind_random(py::module_&);
 void bind_diffusion(py::module_&);
 void bind_training(py::module_&);
+void bind_ema(py::module_&);
 void bind_gmm(py::module_&);
 void bind_gmm_em(py::module_&);
 void bind_kmeans(py::module_&);
@@ -27,6 +28,7 @@ PYBIND11_MODULE(_C, m) {
   bind_random(m);
   bind_diffusion(m);
   bind_training(m);
+  bind_ema(m);
   bind_gmm(m);
   bind_gmm_em(m);
   bind_kmeans(m);

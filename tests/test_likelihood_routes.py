@@ -87,7 +87,7 @@ def test_autocast_and_half_types(device):
         half = params.to(dtype).requires_grad_()
         want = oracle(half, x, 2)
         for autocast in (False, True):
-            with torch.autocast(device.torch, torch.bfloat16, enabled=autocast):
+            with torch.autocast("cpu" if cases.rehearsal else device.torch, torch.bfloat16, enabled=autocast):
                 loss = NLL(half, x, 2, reduction="none")
             (gradient,) = torch.autograd.grad(loss.sum(), half)
             assert loss.dtype is F32 and gradient.dtype is dtype
@@ -138,6 +138,43 @@ def test_the_last_backward_makes_no_copy(device, kernel_calls):
         cases.close(g, factor * want, rtol=1e-4, atol=1e-4)
         assert g.data_ptr() in made
     assert kernel_calls == ["logistic_mixture_nll", "scale_in_place"] * 2
+
+
+class Labelled(torch.Tensor):
+    pass
+
+
+FACTORS = {
+    "negated lazily": lambda: torch.complex(torch.zeros(()), torch.tensor(-3.0)).conj().imag,
+    "expanded": lambda: torch.tensor([3.0]).expand(4)[2],
+    "subclass": lambda: torch.tensor(3.0).as_subclass(Labelled),
+    "float64": lambda: torch.tensor(3.0, dtype=torch.float64).float(),
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_factors_of_any_kind(name):
+    factor = FACTORS[name]()
+    assert name != "negated lazily" or factor.is_neg()
+    params, x = problem(2, 3, (2, 3), 2, dtype=F32)
+    want = 3 * oracle(params, x, 2, reduction="sum")[1]
+    params.requires_grad_()
+    (g,) = torch.autograd.grad(NLL(params, x, 2, reduction="sum"), params, factor)
+    cases.close(g, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_zero_tensor_and_many_factors_at_once():
+    params, x = problem(2, 3, (2, 3), 2)
+    want = oracle(params, x, 2, reduction="sum")[1]
+    params.requires_grad_()
+    (g,) = torch.autograd.grad(NLL(params, x, 2, reduction="sum"), params,
+                               torch._efficientzerotensor((), dtype=params.dtype))
+    assert not g.any()
+    for keep in (False, True):
+        loss = NLL(params, x, 2, reduction="sum")
+        (g,) = torch.autograd.grad(loss, params, torch.tensor([1.0, -2.0]).double(), is_grads_batched=True,
+                                   retain_graph=keep)
+        cases.close(g, torch.stack([want, -2 * want]))
 
 
 def test_the_gradient_that_a_caller_of_the_op_sees_is_left_alone():

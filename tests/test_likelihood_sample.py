@@ -74,6 +74,16 @@ def test_temperature_0_is_the_mean_of_the_likeliest(device):
     cases.close(x, oracle(params, 4, 1, 0.0))
 
 
+@pytest.mark.parametrize("channel", [0, 1, 2])
+@pytest.mark.parametrize("row", ["mean", "scale"])
+def test_a_nan_in_one_channel_is_the_pixel(device, channel, row):
+    params, _ = problem(2, 3, (5,), 2, device=device.torch)
+    first = 2 + channel * 6 + (row == "scale") * 2  # logits, then for each channel means, scales, coefficients
+    params[1, first : first + 2, 3] = math.nan
+    x = SAMPLE(params, 2, seed=1)
+    assert x[1, :, 3].isnan().all() and x.isnan().sum() == 3
+
+
 def test_weights_and_temperature():
     """A component's frequency is softmax(logits / temperature)."""
     n, logits = 40_000, torch.tensor([0.0, 1.0, -math.inf])

@@ -289,6 +289,22 @@ def test_mixed_types_are_those_of_diffusers():
         assert results[0].dtype is results[1].dtype and relative(*results) < 1e-2
 
 
+def test_gradients_through_three_steps_of_order_3():
+    """UniPC corrects the sample it was given, in place only where nobody differentiates."""
+    x, m = pair()
+    results = []
+    for module in (schedulers, diffusers):
+        s = module.UniPCMultistepScheduler(solver_order=3)
+        s.set_timesteps(8)
+        leaf, y = x.clone().requires_grad_(), x
+        for i, t in enumerate(s.timesteps[:5]):
+            y = s.step(torch.sin(leaf + i) * m, t, y if i else leaf).prev_sample
+        y.square().sum().backward()
+        results.append((y.detach(), leaf.grad))
+    for got, want in zip(*results, strict=True):
+        assert relative(got, want) < 5e-6
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_diffusers_own(name):
     grads = []
@@ -391,6 +407,20 @@ def test_a_schedule_that_was_replaced_is_seen():
                 s.sigmas.mul_(0.5)
             results.append(s.step(m, s.timesteps[1], x).prev_sample)
         assert relative(*results) < 2e-6
+
+
+def test_timesteps_that_are_not_contiguous():
+    """The address of a view of them is not its place in the schedule."""
+    x, m = pair()
+    results = []
+    for module in (schedulers, diffusers):
+        s = module.EulerDiscreteScheduler()
+        s.set_timesteps(6)
+        s.is_scale_input_called = True
+        s.timesteps = s.timesteps.repeat_interleave(2)[::2]
+        assert not s.timesteps.is_contiguous()
+        results.append(s.step(m, s.timesteps[2], x).prev_sample)
+    assert relative(*results) < 2e-6
 
 
 def test_zero_snr_and_sigma_zero_are_diffusers():

@@ -65,9 +65,10 @@ def test_fields_that_a_few_steps_depend_on(name, config):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({name for name, *_ in GRID}))
 def test_runs_are_diffusers_whole_grid(name):
-    for _, config, step in (case for case in GRID if case[0] == name):
-        for steps in STEPS.get(name, (10, 50)):
-            assert agree(name, config, step, steps) < limit(name, config), (config, step, steps)
+    for i, (_, config, step) in enumerate(case for case in GRID if case[0] == name):
+        steps = STEPS.get(name, (10, 50) if i % 5 == 0 else (10,))
+        for n in steps:
+            assert agree(name, config, step, n) < limit(name, config), (config, step, n)
 
 
 @pytest.mark.parametrize("name", ["DDPM", "DDIM", "PNDM", "LCM"])
@@ -174,6 +175,10 @@ def test_add_noise(name, dtype):
         assert got.dtype is dtype and relative(got, want) < tolerance
         if hasattr(theirs, "get_velocity"):
             assert relative(ours.get_velocity(x, z, times), theirs.get_velocity(x, z, times)) < tolerance
+    for one, other in ((x[:1], z[:1]), (x[:1], z), (x, z[:1])):
+        assert relative(ours.add_noise(one, other, t), theirs.add_noise(one, other, t)) < tolerance
+    with pytest.raises(ValueError, match="original_samples, noise and timesteps must broadcast"):
+        ours.add_noise(x, z, t[:3])
 
 
 def test_scale_noise_of_flow_matching():

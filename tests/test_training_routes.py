@@ -101,6 +101,16 @@ def test_the_gradient_of_the_pass_is_that_of_the_formula():
     cases.close(pred.grad, kept.double() + 2 * pred.detach().double(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_gradient_given_out_is_not_the_one_kept():
+    pairs, x0 = schedule(), cases.data(*SHAPE, dtype=torch.float32)
+    pred = cases.data(*SHAPE, dtype=torch.float32, seed=1, grad=True)
+    loss = ops.denoising_loss(pred, x0, T, pairs, 1)
+    first, = torch.autograd.grad(loss, pred, retain_graph=True)
+    want = first.clone()
+    first.mul_(2)
+    assert torch.equal(torch.autograd.grad(loss, pred)[0], want)
+
+
 def arguments(op):
     x, t, s = leaf(*SHAPE), T, schedule(dtype=F64)
     return {

@@ -58,6 +58,7 @@ struct PlainTensor {
   int ndim;
   const int64_t* shape;                          // torch's own, valid while the tensor lives
   int dtype;                                     // DType, or -1 - DLPack's type code (int64: kInt64)
+  int device;                                    // kCpuDevice, or the number of a GPU
   bool operator==(const PlainTensor& o) const {  // dtype and shape
     if (dtype != o.dtype || ndim != o.ndim) return false;
     for (int d = 0; d < ndim; ++d)
@@ -67,10 +68,11 @@ struct PlainTensor {
   bool overlaps(const PlainTensor& o) const { return data < o.data + o.bytes && o.data < data + bytes; }
 };
 constexpr int kInt64 = -1;
+constexpr int kCpuDevice = -1;
 
-// Is `t` a torch.Tensor or Parameter itself, on the CPU, contiguous, with memory, without a lazy negation and (where
-// `grad` says that gradients are recorded) not part of a graph? Never raises.
-inline bool plain(PyObject* t, bool grad, PlainTensor* out) {
+// Is `t` a torch.Tensor or Parameter itself, on the CPU (or, where `cuda`, on a GPU), contiguous, with memory, without a lazy
+// negation and (where `grad` says that gradients are recorded) not part of a graph? Never raises.
+inline bool plain(PyObject* t, bool grad, PlainTensor* out, bool cuda = false) {
   const TorchPieces& torch = torch_pieces();
   if (!torch.describe || (Py_TYPE(t) != torch.tensor && Py_TYPE(t) != torch.parameter)) return false;
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
@@ -80,8 +82,9 @@ inline bool plain(PyObject* t, bool grad, PlainTensor* out) {
     PyErr_Clear();
     return false;
   }
-  constexpr int kCpu = 1;
-  if (d.device.device_type != kCpu || d.dtype.lanes != 1) return false;
+  constexpr int kCpu = 1, kCuda = 2;  // kDLCPU, kDLCUDA
+  if ((d.device.device_type != kCpu && !(cuda && d.device.device_type == kCuda)) || d.dtype.lanes != 1) return false;
+  out->device = d.device.device_type == kCpu ? kCpuDevice : d.device.device_id;
   switch (d.dtype.code * 256 + d.dtype.bits) {  // kDLInt 0, kDLFloat 2, kDLBfloat 4
     case 64:
       out->dtype = kInt64;

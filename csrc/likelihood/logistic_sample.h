@@ -66,8 +66,10 @@ GMK_HD void logistic_sample_pixel(const LogisticMixtureSample& a, int64_t pixel)
     bad = bad || value != value;
     const double last = s.levels - 1, level = fmin(fmax(floor((value + 1) * 0.5 * last + 0.5), 0.0), last);
     x[c] = 2 * level / last - 1;
-    out[c * step] = bad ? T(NAN) : level == last ? T(s.high) : T(s.low + level * ((s.high - s.low) / last));
+    out[c * step] = level == last ? T(s.high) : T(s.low + level * ((s.high - s.low) / last));
   }
+  if (bad)  // in one channel: the pixel is none
+    for (int64_t c = 0; c < channels; ++c) out[c * step] = T(NAN);
 }
 
 }  // namespace gmk

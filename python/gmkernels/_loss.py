@@ -50,7 +50,7 @@ def wanted(t):
     return OWN_GRADIENT if t.requires_grad and torch.is_grad_enabled() else NO_GRADIENT
 
 
-def _keeps_graph():
+def keeps_graph():
     """Will this graph be run again? Private, hence True where torch does not say: a copy too many is no mistake."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return ask is None or ask()
@@ -59,7 +59,7 @@ def _keeps_graph():
 def _scaled(gradient, g, own):
     """gradient * g, in place where nobody will see it. g: [b, ...] or [b], or a scalar."""
     factor = g.reshape(*g.shape[:1], 1, *g.shape[1:], *(1,) * (gradient.dim() - 1 - g.dim())) if g.dim() else g
-    if is_compiling() or torch.is_grad_enabled() or _call._observed() or not own or _keeps_graph():
+    if is_compiling() or torch.is_grad_enabled() or _call._observed() or not own or keeps_graph():
         return gradient * factor
     plain = type(g) is type(gradient) is torch.Tensor and not g.is_neg() and not g._is_zerotensor()
     if plain and g.dim() == 0 and g.dtype is gradient.dtype and g.device == gradient.device:

@@ -195,6 +195,17 @@ def _flow_pair(device):
     )
 
 
+def _ema_update_(device):
+    values = [_data(device, 3, 5, seed=1), _data(device, 70, seed=2)]
+
+    def moved(update, dtype):
+        ema = [_data(device, *v.shape).to(dtype) for v in values]
+        update(ema, [v.to(dtype) for v in values], 0.9)
+        return torch.cat([e.flatten() for e in ema])
+
+    return lambda: moved(ops.ema_update_, torch.float32), lambda: moved(reference.ema.ema_update_, torch.float64)
+
+
 def _pixels(device):
     """Parameters of 4 components, and x on the grid of 256 values."""
     x = (127.5 + 60 * _data(device, 2, 3, 9, 11, seed=1)).round().clamp(0, 255) / 127.5 - 1
@@ -267,6 +278,7 @@ CASES = {
     "add_noise": _add_noise,
     "denoising_loss": _denoising_loss,
     "flow_pair": _flow_pair,
+    "ema_update_": _ema_update_,
     "bernoulli_nll": _bernoulli_nll,
     "categorical_nll": _categorical_nll,
     "gaussian_nll": _gaussian_nll,

@@ -1,6 +1,7 @@
 """Functions on tensors: differentiable, safe under torch.compile, on CPU and CUDA."""
 
 from .diffusion import diffusion_step
+from .ema import ema_update_
 from .gmm import GmmArguments, gmm_log_prob
 from .gmm_em import GMM_EM_ROWS, GmmParameters, GmmStatistics, gmm_em_statistics, gmm_m_step, gmm_responsibilities
 from .gmm_features import gmm_condition, gmm_impute, gmm_marginal
@@ -28,6 +29,7 @@ __all__ = [
     "discretized_logistic_mixture_nll",
     "discretized_logistic_mixture_sample",
     "discretized_logistic_nll",
+    "ema_update_",
     "flow_pair",
     "gaussian_nll",
     "gmm_condition",

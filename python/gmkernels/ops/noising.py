@@ -6,6 +6,7 @@ import torch
 
 from .. import _C, reference
 from .._call import DTYPE_CODE, Kernel, Op, check_int, check_same_dtype, check_tensor, plain_eager, split_seed
+from .._loss import keeps_graph
 from ..reference.diffusion import real_dtype, term
 from ..reference.noising import TARGETS, WEIGHTS, pairs, per_sample, target_pair, weights
 from .random import STREAM_ADD_NOISE
@@ -280,7 +281,7 @@ def _loss_backward(ctx, g, _):
     target, weighting, gamma, with_grad, seed, step = ctx.scalars
     need = ctx.needs_input_grad
     if with_grad and need[0] and not (need[1] or need[4] or torch.is_grad_enabled()):
-        if type(g) is torch.Tensor and g.is_cpu and plain_eager() and g.item() == 1:
+        if type(g) is torch.Tensor and g.is_cpu and plain_eager() and not keeps_graph() and g.item() == 1:
             return grad, *(None,) * 11
         return grad * g.to(grad.dtype if grad.dtype is torch.float64 else torch.float32), *(None,) * 11
     # Plain torch, so that it can be differentiated again.

@@ -1,5 +1,5 @@
 """Every op in plain torch: readable, exact in float64, the oracle of the tests and the fallback."""
 
-from . import diffusion, gmm, gmm_em, gmm_fit, kmeans, likelihood, masked_conv, noising, random
+from . import diffusion, ema, gmm, gmm_em, gmm_fit, kmeans, likelihood, masked_conv, noising, random
 
-__all__ = ["diffusion", "gmm", "gmm_em", "gmm_fit", "kmeans", "likelihood", "masked_conv", "noising", "random"]
+__all__ = ["diffusion", "ema", "gmm", "gmm_em", "gmm_fit", "kmeans", "likelihood", "masked_conv", "noising", "random"]

@@ -3,7 +3,7 @@
 import torch
 
 from .. import ops
-from ._base import alike, check
+from ._base import broadcast
 from ._table import Table
 
 
@@ -23,8 +23,7 @@ class Alphas:
     """`add_noise` and `get_velocity` by a table over all training times, read on the device."""
 
     def _mixed(self, what, original, noise, timesteps):
-        check(noise, original)
-        original, noise = alike(original, noise)
+        original, noise = broadcast(timesteps.numel(), original, noise)
         table = self._training_table(what, original.dtype)
         rows = table.stacked(original.device, original.dtype)[timesteps.to(original.device).flatten()]
         if rows.shape[0] == 1:

@@ -177,6 +177,19 @@ def check(model_output, sample):
                          f" got {tuple(model_output.shape)}")
 
 
+def broadcast(count, x, noise):
+    """x and noise in one shape and dtype, of `count` samples where one stands for all: what diffusers' products give."""
+    if isinstance(x, torch.Tensor) and isinstance(noise, torch.Tensor) and x.dim():
+        try:
+            shape = torch.broadcast_shapes(x.shape, noise.shape, (count, *(1,) * (x.dim() - 1)))
+        except RuntimeError:
+            raise ValueError(f"original_samples, noise and timesteps must broadcast, got {tuple(x.shape)},"
+                             f" {tuple(noise.shape)} and {count} timesteps") from None
+        x, noise = (t if t.shape == shape else t.expand(shape) for t in (x, noise))
+    check(noise, x)
+    return alike(x, noise)
+
+
 def alike(x, *others):
     """All tensors in one dtype, the one that holds them all."""
     dtype = x.dtype

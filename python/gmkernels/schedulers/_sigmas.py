@@ -54,8 +54,7 @@ class Sigmas(Fused):
         return torch.ones_like(sigma), sigma
 
     def _mixed(self, original, noise, timesteps):
-        check(noise, original)
-        original, noise = alike(original, noise)
+        original, noise = broadcast(timesteps.numel(), original, noise)
         plan = self._ready()
         dtype = original.dtype
         table = plan.tables.get(("noise", dtype))
