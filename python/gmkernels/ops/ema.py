@@ -39,7 +39,7 @@ def _range(t):
 
 
 def _check_memory(pairs):
-    """pairs: (index, ema, value) of one device. A kernel takes them in no order, so nothing it writes may be met twice."""
+    """pairs: (index, ema, value) of one device. A kernel takes them in no order: what it writes may be met once."""
     ranges = sorted((*_range(e), i) for i, e, _ in pairs)
     for (_, end, i), (begin, _, j) in zip(ranges, ranges[1:], strict=False):
         if begin < end:

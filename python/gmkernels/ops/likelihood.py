@@ -150,7 +150,8 @@ def discretized_logistic_mixture_nll(params, x, num_mixtures=10, *, mode="exact"
         parametrization: ``"openai"``: M logits, then for each data channel M means, M log-scales (at least -7) and,
             with three channels, M coefficients (k0, k1, k2 in turn) under tanh. ``"tfp"``: for each component its
             logit, means, scales (``softplus + e^-7``) and coefficients (k0, k1, k2), as they are.
-        low, high, levels: the grid of x, of 2 to 2^23 - 1 values. Bits per dimension: ``nll / (channels log 2)`` of a pixel.
+        low, high, levels: the grid of x, of 2 to 2^23 - 1 values. Bits per dimension: ``nll / (channels log 2)`` of a
+            pixel.
         reduction: ``"none"`` ``[b, ...]`` a pixel; ``"image"`` ``[b]`` sums; ``"sum"``; ``"mean"`` over pixels.
 
     float32 and float64 have kernels; bfloat16 and float16 params, and all under autocast, are computed in float32.

@@ -4,7 +4,7 @@ import torch
 
 
 def ema_update_(ema, values, decay):
-    """ema = decay ema + (1 - decay) value, as lerp computes it; integers and other numbers without a mean are copied."""
+    """ema = decay ema + (1 - decay) value, as lerp computes it; what has no mean (integers) is copied."""
     with torch.no_grad():
         for e, v in zip(ema, values, strict=True):
             if decay == 1:

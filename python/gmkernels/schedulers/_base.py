@@ -178,7 +178,7 @@ def check(model_output, sample):
 
 
 def broadcast(count, x, noise):
-    """x and noise in one shape and dtype, of `count` samples where one stands for all: what diffusers' products give."""
+    """x and noise in one shape and dtype, of `count` samples where one stands for all: as diffusers' products."""
     if isinstance(x, torch.Tensor) and isinstance(noise, torch.Tensor) and x.dim():
         try:
             shape = torch.broadcast_shapes(x.shape, noise.shape, (count, *(1,) * (x.dim() - 1)))

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from .. import ops
-from ._base import Fused, alike, check
+from ._base import Fused, broadcast
 from ._table import Table
 
 
