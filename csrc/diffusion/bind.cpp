@@ -1,11 +1,13 @@
 #include "core/dispatch.h"
 #include "core/tensor_args.h"
 #include "diffusion/diffusion.h"
+#include "diffusion/statistics.h"
 
 namespace gmk {
 
 #ifndef GMK_SIMT
 GMK_ISA_TABLES(DiffusionKernels, diffusion_kernels)
+GMK_ISA_TABLES(StepStatisticsKernels, step_statistics_kernels)
 
 PyMethodDef* diffusion_step_plain_method();  // bind_plain.cpp
 
@@ -46,8 +48,31 @@ static DiffusionStep diffusion_step(Address out, Address x0, Address x, Address 
   return a;
 }
 
+static StepStatistics step_statistics(Address out, Address x, Address model_output, Address uncond,
+                                      Address coefficients, int64_t numel, int64_t samples, int64_t coefficient_rows,
+                                      double guidance, double amount, int statistic, int dtype, bool wide) {
+  StepStatistics s{};
+  const int64_t of_quantile = statistic == kQuantile ? numel : 0;
+  s.out = pointer(out, samples, "out");
+  s.x = pointer<const void>(x, of_quantile, "x");
+  s.model_output = pointer<const void>(model_output, numel, "model_output");
+  s.uncond = pointer<const void>(uncond, numel - of_quantile, "uncond");
+  s.coefficients = pointer<const void>(coefficients, of_quantile, "coefficients");
+  s.numel = numel;
+  s.samples = samples;
+  s.coefficient_rows = coefficient_rows;
+  s.guidance = guidance;
+  s.amount = amount;
+  s.statistic = statistic;
+  s.dtype = dtype;
+  s.wide = wide;
+  return s;
+}
+
 void bind_diffusion(py::module_& m) {
   bind_op(m, "diffusion_step", diffusion_step, GMK_CPU(diffusion_step_cpu), GMK_CUDA(diffusion_step_cuda));
+  bind_op(m, "step_statistics", step_statistics, GMK_CPU(step_statistics_kernels().step_statistics),
+          GMK_CUDA(step_statistics_cuda));
 #ifndef GMK_SIMT
   PyMethodDef* const method = diffusion_step_plain_method();
   m.attr(method->ml_name) = py::reinterpret_steal<py::object>(PyCFunction_New(method, nullptr));

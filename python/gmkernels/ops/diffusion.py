@@ -9,6 +9,7 @@ from .._call import DTYPE_CODE, Kernel, Op, allocate, check_int, check_same_dtyp
 from ..reference.diffusion import real_dtype, rows, term
 from .random import STREAM_DIFFUSION_STEP
 from .random import _op as _philox
+from .step_statistics import with_statistics
 
 _kernel = Kernel("diffusion_step")
 _plain = _C.diffusion_step_plain
@@ -192,7 +193,8 @@ _op_x0 = Op("diffusion_step_x0" + _ARGUMENTS + "(Tensor, Tensor)", outputs=_outp
 
 
 def diffusion_step(x, model_output, coefficients, *, uncond=None, guidance_scale=1.0, history=(), variance=None,
-                   clip=None, noise=False, seed=None, step=0, return_x0=False, out=None, x0_out=None):
+                   clip=None, noise=False, seed=None, step=0, return_x0=False, out=None, x0_out=None,
+                   guidance_rescale=0.0, dynamic_threshold=None):
     r"""One step of any sampler that is affine in its inputs, in one pass over memory.
 
     .. math::
@@ -221,6 +223,11 @@ def diffusion_step(x, model_output, coefficients, *, uncond=None, guidance_scale
         return_x0: return ``(out, x0)``.
         out, x0_out: contiguous tensors to write into, without gradients. Each may be any of the inputs (in place), but
             not a part of one, and not each other. ``x0_out`` is written also if x0 is not returned.
+        guidance_rescale: phi in [0, 1], only with ``uncond``: m is multiplied by ``phi std(model_output) / std(m) + 1 -
+            phi``, the standard deviations over each sample; both in one pass before the step.
+        dynamic_threshold: ``(q, largest)``, instead of a clip: ``x_0 = clip(y, -s, s) / s`` with ``y = A x + B m`` and
+            s the quantile q of ``|y|`` over each sample, at least 1 and at most ``largest``. The quantile is exact, of
+            samples of any size; one pass before the step.
 
     Gradients flow to every floating tensor, the coefficients included; the noise is drawn again for the backward pass,
     never stored. Where the clip cuts, the gradient is 0, as that of :func:`torch.clamp`. Under autocast the op follows
@@ -228,12 +235,16 @@ def diffusion_step(x, model_output, coefficients, *, uncond=None, guidance_scale
 
     Errors: ``TypeError`` for wrong types and dtypes, ``ValueError`` for wrong shapes, devices, ranges and overlaps.
 
-    Source: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Lu et al. 2022 (DPM-Solver++), Karras et al. 2022.
+    Source: Ho et al. 2020 (DDPM), Song et al. 2021 (DDIM), Lu et al. 2022 (DPM-Solver++), Karras et al. 2022;
+    Saharia et al. 2022 (dynamic thresholding), Lin et al. 2024 (rescale).
 
     >>> x, eps = torch.ones(2, 3), torch.zeros(2, 3)
     >>> diffusion_step(x, eps, torch.tensor([2., 0, 1, 0, 0, 0, 0, 0.5]), noise=True, seed=0, clip=1.0).shape
     torch.Size([2, 3])
     """
+    if guidance_rescale or dynamic_threshold is not None:
+        coefficients, clip = _by_sample(x, model_output, coefficients, uncond, guidance_scale, clip, guidance_rescale,
+                                        dynamic_threshold)
     if _call.plain_eager():
         if seed is None and noise is True:
             seed = split_seed(None, None)[1]
@@ -245,6 +256,35 @@ def diffusion_step(x, model_output, coefficients, *, uncond=None, guidance_scale
             return result
     return _general(x, model_output, coefficients, uncond, guidance_scale, history, variance, clip, noise, seed, step,
                     return_x0, out, x0_out)
+
+
+def _by_sample(x, model_output, coefficients, uncond, guidance_scale, clip, rescale, threshold):
+    """(coefficients, clip) with what depends on whole samples put into the coefficients."""
+    for name, t in (("x", x), ("model_output", model_output), ("coefficients", coefficients), ("uncond", uncond)):
+        if t is not None or name != "uncond":
+            check_tensor(name, t)
+    if not isinstance(guidance_scale, (int, float)):
+        raise TypeError(f"guidance_scale must be a float, got {type(guidance_scale).__name__}")
+    _check(x, model_output, coefficients, uncond, None, None, None, None, None, None)
+    what = "guidance_rescale" if rescale else "dynamic_threshold"
+    if not x.dim():
+        raise ValueError(f"x must be [b, ...] for {what}, which is of each sample, got ()")
+    if isinstance(rescale, bool) or not isinstance(rescale, (int, float)):
+        raise TypeError(f"guidance_rescale must be a float, got {type(rescale).__name__}")
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance_rescale must be in [0, 1], got {rescale}")
+    if rescale and uncond is None:
+        raise ValueError("uncond must be given for guidance_rescale, got None")
+    if threshold is not None:
+        numbers = isinstance(threshold, (tuple, list)) and all(isinstance(v, (int, float)) for v in threshold)
+        if not numbers or len(threshold) != 2:
+            raise TypeError(f"dynamic_threshold must be (q, largest), got {threshold!r}")
+        if not (0 <= threshold[0] <= 1 and threshold[1] >= 1):
+            raise ValueError(f"dynamic_threshold must be (q in [0, 1], largest of at least 1), got {threshold!r}")
+        if clip is not None:
+            raise ValueError(f"clip must be None with dynamic_threshold, got {clip!r}")
+        clip, threshold = 1.0, (float(threshold[0]), float(threshold[1]))
+    return with_statistics(coefficients, x, model_output, uncond, float(guidance_scale), float(rescale), threshold), clip
 
 
 def _general(x, model_output, coefficients, uncond, guidance_scale, history, variance, clip, noise, seed, step,

@@ -49,3 +49,29 @@ def diffusion_step(x, model_output, coefficients, uncond=None, h1=None, h2=None,
         z = (draw(x, seeds, seed, step) if z is None else z).to(real)
         out = out + term(s, z if variance is None else variance.to(real).sqrt() * z)
     return out.to(x.dtype), x0.to(x.dtype)
+
+
+def step_quantile(x, model_output, coefficients, uncond, guidance_scale, q):
+    """[b]: quantile q of ``|A x + B m|`` over each sample, interpolated linearly; NaN where a sample has one."""
+    real = real_dtype(x)
+    A, B, *_ = rows(coefficients, x)
+    m = model_output.to(real)
+    if uncond is not None:
+        m = uncond.to(real) + guidance_scale * (m - uncond.to(real))
+    y = (term(A, x.to(real)) + term(B, m)).abs().flatten(1)
+    if not y.numel():
+        return y.new_full(y.shape[:1], torch.nan)
+    rank = q * (y.shape[1] - 1)
+    below = min(int(rank), y.shape[1] - 1)
+    ordered = y.sort(1).values  # torch.quantile takes 16 million elements at most
+    first, second = ordered[:, below], ordered[:, min(below + 1, y.shape[1] - 1)]
+    between = torch.where(first == second, first, first + (rank - below) * (second - first))
+    return torch.where(y.isnan().any(1), torch.nan, between)
+
+
+def guidance_rescale(model_output, uncond, guidance_scale, rescale):
+    """[b]: ``rescale std(model_output) / std(m) + 1 - rescale``, the standard deviations over each sample (n - 1)."""
+    real = real_dtype(model_output)
+    c, u = model_output.to(real).flatten(1), uncond.to(real).flatten(1)
+    m = u + guidance_scale * (c - u)
+    return rescale * (c.std(1) / m.std(1)) + (1 - rescale)
