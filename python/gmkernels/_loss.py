@@ -56,7 +56,7 @@ def keeps_graph():
     return ask is None or ask()
 
 
-# Is it a tensor of torch.autograd.grad(..., is_grads_batched=True), many factors under one name? Private: where torch has
+# Is it many factors under one name, torch.autograd.grad(..., is_grads_batched=True)? Private: where torch has
 # no such question, none is taken for one.
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: False)
 
