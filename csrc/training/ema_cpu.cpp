@@ -54,7 +54,7 @@ void average(const EmaPair& p, int64_t from, int64_t n, double decay) {
 }
 
 Status update(const EmaUpdate& a, int threads) {
-  constexpr int64_t kLine = 64;      // pieces begin at multiples: no two threads write one cache line of a tensor
+  constexpr int64_t kLine = 64;  // pieces begin at multiples: no two threads write one cache line of a tensor
   int64_t total = 0;
   for (int64_t i = 0; i < a.count; ++i) total += a.pairs[i].numel;
   if (total <= 0 || a.decay == 1) return kOk;
