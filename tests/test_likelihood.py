@@ -360,7 +360,7 @@ def test_any_shape(b, c, rest, m, kind, levels, last):
     ({"mode": "fast"}, ValueError, 'mode must be "exact" or "openai", got \'fast\''),
     ({"parametrization": "jax"}, ValueError, 'parametrization must be "openai" or "tfp", got \'jax\''),
     ({"mode": "openai", "parametrization": "tfp"}, ValueError, 'mode="openai" is the loss of parametrization="openai"'),
-    ({"levels": 1}, ValueError, "levels must be in [2, 16777216), got 1"),
+    ({"levels": 1}, ValueError, "levels must be in [2, 8388608), got 1"),
     ({"low": 1.0}, ValueError, "low must be less than high, and both finite, got 1.0 and 1.0"),
     ({"high": math.inf}, ValueError, "low must be less than high, and both finite"),
     ({"low": "a"}, TypeError, "low and high must be numbers, got str and float"),

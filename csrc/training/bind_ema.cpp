@@ -1,5 +1,7 @@
 // ema_update takes lists of tensors, so its bindings are written out: the general ones by addresses, as every kernel has,
 // and the fast route that reads the tensors itself (core/plain_tensor.h): 600 tensors in some 20 us.
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <vector>
 

@@ -54,13 +54,11 @@ void average(const EmaPair& p, int64_t from, int64_t n, double decay) {
 }
 
 Status update(const EmaUpdate& a, int threads) {
-  constexpr int64_t kPiece = 16384;  // elements that are worth a thread
-  constexpr int64_t kLine = 64;      // pieces begin at multiples: no two threads write one cache line of a tensor
+  constexpr int64_t kLine = 64;  // pieces begin at multiples: no two threads write one cache line of a tensor
   int64_t total = 0;
   for (int64_t i = 0; i < a.count; ++i) total += a.pairs[i].numel;
   if (total <= 0 || a.decay == 1) return kOk;
-  const int64_t most = (total + kPiece - 1) / kPiece;
-  if (threads > most) threads = int(most);
+  threads = team(total, threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int piece = 0; piece < threads; ++piece) {
     const auto cut = [&](int at) {

@@ -56,10 +56,15 @@ def keeps_graph():
     return ask is None or ask()
 
 
+# Is it many factors under one name, torch.autograd.grad(..., is_grads_batched=True)? Private: where torch has
+# no such question, none is taken for one.
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: False)
+
+
 def _scaled(gradient, g, own):
     """gradient * g, in place where nobody will see it. g: [b, ...] or [b], or a scalar."""
     factor = g.reshape(*g.shape[:1], 1, *g.shape[1:], *(1,) * (gradient.dim() - 1 - g.dim())) if g.dim() else g
-    if is_compiling() or torch.is_grad_enabled() or _call._observed() or not own or keeps_graph():
+    if is_compiling() or torch.is_grad_enabled() or _call._observed() or not own or keeps_graph() or _is_batched(g):
         return gradient * factor
     plain = type(g) is type(gradient) is torch.Tensor and not g.is_neg() and not g._is_zerotensor()
     if plain and g.dim() == 0 and g.dtype is gradient.dtype and g.device == gradient.device:

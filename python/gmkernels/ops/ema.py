@@ -93,7 +93,8 @@ def ema_update_(ema, values, decay):
 
     Computed as ``torch.lerp`` does, ``ema + (1 - decay) (value - ema)`` for a decay above one half, so that the average
     of equal numbers stays that number. With decay 0 the values are copied and with decay 1 nothing changes, whatever
-    the tensors hold. No gradient is recorded; parameters are taken as they are.
+    the tensors hold; else where either is infinite or NaN the result is infinite or NaN. No gradient is recorded;
+    parameters are taken as they are.
 
     Args:
         ema: an iterable of tensors. float32 averages of bfloat16 or float16 values are kept in float32: an average that
