@@ -251,7 +251,7 @@ def test_opcheck_compile_and_func():
 
 
 X = torch.zeros(2, 3)
-OUT = "dynamic_threshold must be (q in [0, 1], largest of at least 1), got"
+OUT = "dynamic_threshold must be (q in [0, 1], largest above 0), got"
 
 
 @pytest.mark.parametrize("change, error, text", [
@@ -261,7 +261,7 @@ OUT = "dynamic_threshold must be (q in [0, 1], largest of at least 1), got"
     ({"dynamic_threshold": 0.9}, TypeError, "dynamic_threshold must be (q, largest), got 0.9"),
     ({"dynamic_threshold": (0.9,)}, TypeError, "dynamic_threshold must be (q, largest), got (0.9,)"),
     ({"dynamic_threshold": (1.1, 2)}, ValueError, OUT),
-    ({"dynamic_threshold": (0.9, 0.5)}, ValueError, OUT),
+    ({"dynamic_threshold": (0.9, 0.0)}, ValueError, OUT),
     ({"dynamic_threshold": (math.nan, 2)}, ValueError, OUT),
     ({"dynamic_threshold": (0.9, 2), "clip": 1.0}, ValueError, "clip must be None with dynamic_threshold, got 1.0"),
     ({"dynamic_threshold": (0.9, 2), "x": torch.zeros(()), "model_output": torch.zeros(())}, ValueError,

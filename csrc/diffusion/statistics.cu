@@ -70,7 +70,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) quantile_kernel(StepStatistics s) {
   using R = typename Real<T>::type;
   using Key = typename Real<T>::key;
-  GMK_SHARED(counts, unsigned long long[kRadixBins]);
+  GMK_DYN_SHARED(memory);
+  unsigned long long* const counts = reinterpret_cast<unsigned long long*>(memory);
   GMK_SHARED(found, Key[2]);      // the digits known so far; the least number above
   GMK_SHARED(ranks, int64_t[2]);  // numbers below those with these digits, and not above them
   GMK_SHARED(nan, int);
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(kThreads) guidance_rescale_kernel(StepStatisti
 template <class T>
 Status launch(const StepStatistics& s, void* stream) {
   const unsigned grid = grid_for(s.samples, 1);
-  if (s.statistic == kQuantile) return GMK_LAUNCH((quantile_kernel<T>), grid, kThreads, 0, stream, s);
+  if (s.statistic == kQuantile) return GMK_LAUNCH((quantile_kernel<T>), grid, kThreads, kRadixBins * 8, stream, s);
   return GMK_LAUNCH((guidance_rescale_kernel<T>), grid, kThreads, 0, stream, s);
 }
 

@@ -279,12 +279,13 @@ def _by_sample(x, model_output, coefficients, uncond, guidance_scale, clip, resc
         numbers = isinstance(threshold, (tuple, list)) and all(isinstance(v, (int, float)) for v in threshold)
         if not numbers or len(threshold) != 2:
             raise TypeError(f"dynamic_threshold must be (q, largest), got {threshold!r}")
-        if not (0 <= threshold[0] <= 1 and threshold[1] >= 1):
-            raise ValueError(f"dynamic_threshold must be (q in [0, 1], largest of at least 1), got {threshold!r}")
+        if not (0 <= threshold[0] <= 1 and threshold[1] > 0):
+            raise ValueError(f"dynamic_threshold must be (q in [0, 1], largest above 0), got {threshold!r}")
         if clip is not None:
             raise ValueError(f"clip must be None with dynamic_threshold, got {clip!r}")
         clip, threshold = 1.0, (float(threshold[0]), float(threshold[1]))
-    return with_statistics(coefficients, x, model_output, uncond, float(guidance_scale), float(rescale), threshold), clip
+    rows = with_statistics(coefficients, x, model_output, uncond, float(guidance_scale), float(rescale), threshold)
+    return rows, clip
 
 
 def _general(x, model_output, coefficients, uncond, guidance_scale, history, variance, clip, noise, seed, step,

@@ -30,7 +30,8 @@ class Plan:
         self.times = [] if self.timesteps is None else self.timesteps.tolist()
         self.single = self.timesteps is not None and self.timesteps.dtype is torch.float32
         self.first = self.timesteps.data_ptr() if self.times and self.timesteps.is_contiguous() else 0
-        self.threshold = bool(config.get("thresholding"))
+        ratio, most = config.get("dynamic_thresholding_ratio"), config.get("sample_max_value")
+        self.threshold = (float(ratio), float(most)) if config.get("thresholding") else None
         self.clip = float(config["clip_sample_range"]) if config.get("clip_sample") and not self.threshold else None
         self.noise = Noise()
         self.tables = {}
@@ -139,8 +140,7 @@ def drop_in(cls):
         plan = self._ready()
         plan.reuse(before)
         for table in self._tables(plan):
-            for part in (table.parts() if plan.threshold else (table,)):
-                part.prepare(self.timesteps.device)
+            table.prepare(self.timesteps.device)
 
     cls.__init__, cls.set_timesteps = __init__, set_timesteps
     return cls
@@ -201,15 +201,7 @@ def alike(x, *others):
     return [t if t is None or t.dtype is dtype else t.to(dtype) for t in (x, *others)]
 
 
-def x0_step(scheduler, plan, table, i, x, m, history=(), variance=None, noise=False, seed=None):
-    """(next sample, x0) of row i, with the clip or the dynamic threshold of the config.
-
-    The threshold needs a quantile of x0: x0 alone, diffusers' own threshold, then the step from it.
-    """
-    if not plan.threshold:
-        return ops.diffusion_step(x, m, table.row(i, x), history=history, variance=variance, clip=plan.clip,
-                                  noise=noise, seed=seed, step=i, return_x0=True)
-    convert, given = table.parts()
-    x0 = scheduler._threshold_sample(ops.diffusion_step(x, m, convert.row(i, x)))
-    return ops.diffusion_step(x, x0, given.row(i, x), history=history, variance=variance, noise=noise, seed=seed,
-                              step=i), x0
+def x0_step(plan, table, i, x, m, history=(), variance=None, noise=False, seed=None):
+    """(next sample, x0) of row i, with the clip or the dynamic threshold of the config."""
+    return ops.diffusion_step(x, m, table.row(i, x), history=history, variance=variance, clip=plan.clip, noise=noise,
+                              seed=seed, step=i, return_x0=True, dynamic_threshold=plan.threshold)

@@ -38,7 +38,7 @@ class Multistep(Noised):
             noise = noise.to(m.device, noise_dtype or noise.dtype)
         if noise is not False and noise is not True and noise.dtype is not dtype:
             x, m, noise, *history = alike(x, m, noise, *history)
-        prev, x0 = x0_step(self, plan, table, i, x, m, tuple(history), None, noise, seed)
+        prev, x0 = x0_step(plan, table, i, x, m, tuple(history), None, noise, seed)
         if prev.dtype is not dtype:
             prev, x0 = prev.to(dtype), x0.to(dtype)
         outputs.append(x0)

@@ -35,7 +35,7 @@ class DDIMScheduler(Alphas, Fused, diffusers.DDIMScheduler):
         x, m = alike(sample, model_output)
         if not isinstance(noise, bool) and noise.dtype is not x.dtype:
             noise = noise.to(x.dtype)
-        prev, x0 = x0_step(self, plan, table, i, x, m, () if use_clipped_model_output else (m,), None, noise, seed)
+        prev, x0 = x0_step(plan, table, i, x, m, () if use_clipped_model_output else (m,), None, noise, seed)
         return output(DDIMSchedulerOutput, prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
 
     def _index(self, plan, t):

@@ -36,7 +36,7 @@ class DDPMScheduler(Alphas, Fused, diffusers.DDPMScheduler):
             noise, seed = plan.noise.take(self.noise, i, generator, m)
             if v is not None:
                 variance = v if self.variance_type == "learned" else self._in_range(plan, i, v)
-        prev, x0 = x0_step(self, plan, table, i, x, m, (), variance, False if noise is None else noise, seed)
+        prev, x0 = x0_step(plan, table, i, x, m, (), variance, False if noise is None else noise, seed)
         return output(DDPMSchedulerOutput, prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
 
     def _index(self, plan, t):

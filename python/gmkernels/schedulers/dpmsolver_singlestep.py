@@ -35,7 +35,7 @@ class DPMSolverSinglestepScheduler(Noised, diffusers.DPMSolverSinglestepSchedule
         noise, seed = False, None
         if config.algorithm_type.startswith("sde"):
             noise, seed = plan.noise.take(self.noise, i, generator, m)
-        prev, x0 = x0_step(self, plan, table, i, x, m, tuple(history), None, noise, seed)
+        prev, x0 = x0_step(plan, table, i, x, m, tuple(history), None, noise, seed)
         outputs.append(x0)
         del outputs[0]
         if order == 1:

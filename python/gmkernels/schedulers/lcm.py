@@ -25,7 +25,7 @@ class LCMScheduler(Alphas, Sigmas, diffusers.LCMScheduler):
         if not denoise.finite[i] or not renoise.finite[i] or plan.time(timestep) != plan.times[i]:
             return super().step(model_output, timestep, sample, generator, return_dict)
         x, m = alike(sample, model_output)
-        denoised = x0_step(self, plan, denoise, i, x, m)[0]
+        denoised = x0_step(plan, denoise, i, x, m)[0]
         prev = denoised
         if i != self.num_inference_steps - 1:
             noise, seed = plan.noise.take(self.noise, i, generator, denoised)

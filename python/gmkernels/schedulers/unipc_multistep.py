@@ -35,7 +35,8 @@ class UniPCMultistepScheduler(Noised, diffusers.UniPCMultistepScheduler):
         earlier = outputs[::-1]
         x, m, last, *earlier = alike(sample, model_output, self.last_sample, *earlier)  # m0, m1, m2 of the step before
         if plan.threshold:
-            m = self._threshold_sample(ops.diffusion_step(x, m, self._predictor(plan, 1).parts()[0].row(i, x)))
+            convert = self._predictor(plan, 1).parts()[0].row(i, x)
+            m = ops.diffusion_step(x, m, convert, dynamic_threshold=plan.threshold)
         if correct:
             if plan.threshold:
                 mend = mend.parts()[1]
