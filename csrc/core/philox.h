@@ -105,6 +105,7 @@ enum PhiloxStream : uint32_t {
   kStreamLogisticMixture = 7,
   kStreamAddNoise = 8,
   kStreamFlowPair = 9,
+  kStreamKnown = 10,
 };
 
 }  // namespace gmk

@@ -18,9 +18,10 @@ Status diffusion_step_cpu(const DiffusionStep& a, int threads) {
 
 static DiffusionStep diffusion_step(Address out, Address x0, Address x, Address model_output, Address coefficients,
                                     Address uncond, Address h1, Address h2, Address h3, Address variance, Address noise,
-                                    Address seeds, int64_t numel, int64_t coefficient_rows, int64_t seed_rows,
-                                    uint64_t seed, uint32_t step, double guidance, double low, double high,
-                                    int noise_kind, int dtype, bool wide) {
+                                    Address seeds, Address mask, Address known, Address index, int64_t numel,
+                                    int64_t coefficient_rows, int64_t seed_rows, uint64_t seed, uint32_t step,
+                                    double guidance, double low, double high, int noise_kind, double known_signal,
+                                    double known_noise, bool known_x0, int64_t index_rows, int dtype, bool wide) {
   DiffusionStep a{};
   a.out = pointer(out, numel, "out");
   a.x0 = optional_pointer(x0);
@@ -42,6 +43,13 @@ static DiffusionStep diffusion_step(Address out, Address x0, Address x, Address 
   a.guidance = guidance;
   a.low = low;
   a.high = high;
+  a.mask = optional_pointer<const void>(mask);
+  a.known = pointer<const void>(known, mask ? numel : 0, "known");
+  a.known_signal = known_signal;
+  a.known_noise = known_noise;
+  a.known_x0 = known_x0;
+  a.index = optional_pointer<const int64_t>(index);
+  a.index_rows = index_rows;
   a.noise_kind = noise_kind;
   a.dtype = dtype;
   a.wide = wide;

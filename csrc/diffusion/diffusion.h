@@ -2,6 +2,8 @@
 //   m   = model_output, or uncond + guidance (model_output - uncond)
 //   x0  = clamp(A x + B m, low, high)
 //   out = c0 x0 + c1 x + c2 h1 + c3 h2 + c4 h3 + s sqrt(variance) z
+// Where something is known (inpainting), out (or x0) is blended with it: mask 1 takes known_signal known + known_noise z',
+// mask 0 what was computed, whatever the other holds. z' is drawn under stream kStreamKnown.
 // A stream whose coefficient is exactly 0 contributes exactly 0, whatever it holds (a NaN too). z is drawn by
 // docs/random-numbers.md under stream kStreamDiffusionStep, or given. float64 is computed in float64, the rest in float32.
 #pragma once
@@ -30,10 +32,16 @@ struct DiffusionStep {
   uint64_t seed;
   uint32_t step;  // counter word 2
   double guidance;
-  double low, high;  // -infinity, infinity: no clip
-  int noise_kind;    // DiffusionNoise
-  int dtype;         // DType of every tensor but coefficients and seeds
-  int wide;          // coefficients are float64
+  double low, high;   // -infinity, infinity: no clip
+  const void* mask;   // [numel]: 1 known, 0 not, or between; nullptr: nothing is known
+  const void* known;  // [numel]
+  double known_signal, known_noise;
+  int known_x0;          // it is x0 that is known; else out
+  const int64_t* index;  // one number: coefficients are [index_rows, 8], and it is the row and counter word 2; nullptr
+  int64_t index_rows;
+  int noise_kind;  // DiffusionNoise
+  int dtype;       // DType of every tensor but coefficients and seeds
+  int wide;        // coefficients are float64
 };
 
 struct DiffusionKernels {

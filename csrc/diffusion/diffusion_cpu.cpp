@@ -2,6 +2,7 @@
 // segment is what shares one row of coefficients; where samples are small, a word of elements has several (diffusion_few.h).
 // What bounds it: memory bandwidth without noise, the normals with it.
 #include "diffusion/diffusion_few.h"
+#include "diffusion/diffusion_known.h"
 #include "diffusion/diffusion_segment.h"
 
 namespace gmk {
@@ -35,10 +36,13 @@ class Step {
 
   // Elements [first, first + n) of the tensor; for drawn noise, element `count` of its seed's own count is the first.
   void operator()(int64_t first, int64_t n, int64_t count, int64_t seed_row) const {
-    if (a_.coefficient_rows > 1 && sample_ < kFewElements) return few(first, n, count, seed_row);
+    if (a_.coefficient_rows > 1 && sample_ < kFewElements && !a_.mask) return few(first, n, count, seed_row);
     alignas(64) real scaled[kDrawnRun];
     alignas(64) float drawn[kDrawnRun];
+    alignas(64) real of_known[kDrawnRun];
     bool have_noise = false;
+    const bool known_noise = a_.mask && a_.known_noise != 0;
+    if (known_noise) draw_real(of_known, drawn, count, n, noise_at(seed_row, kStreamKnown));
     for (int64_t at = first; at < first + n;) {
       const int64_t row = at / sample_, left = (row + 1) * sample_ - at, rest = first + n - at;
       const int64_t size = left < rest ? left : rest;
@@ -58,15 +62,20 @@ class Step {
       const bool noise = a_.noise_kind != kNoNoise && g.s != 0;
       const bool masked = g.a == 0 || g.b == 0 || g.c0 == 0 || g.c1 == 0;
       if constexpr (sizeof(real) == sizeof(float))
-        if (noise && a_.noise_kind == kDrawnNoise && !a_.variance && size == n && n % kChunk == 0)
+        if (noise && a_.noise_kind == kDrawnNoise && !a_.variance && !a_.mask && size == n && n % kChunk == 0)
           return drawn_runner<T>(masked, a_.uncond != nullptr, g.history > 0, a_.x0 != nullptr)(
-              g, n, uint64_t(count / 4), noise_at(seed_row));
+              g, n, uint64_t(count / 4), noise_at(seed_row, kStreamDiffusionStep));
       if (noise && !have_noise) {
         have_noise = true;
         make_noise(scaled, drawn, first, n, count, seed_row);
       }
       g.z = scaled + (at - first);
-      runner<T>(masked, a_.uncond != nullptr, g.history > 0, noise, a_.x0 != nullptr)(g, size);
+      if (a_.mask) {
+        if (!noise) g.z = nullptr;
+        run_known(g, known_at(at, known_noise ? of_known + (at - first) : nullptr), size);
+      } else {
+        runner<T>(masked, a_.uncond != nullptr, g.history > 0, noise, a_.x0 != nullptr)(g, size);
+      }
       at += size;
     }
   }
@@ -130,8 +139,19 @@ class Step {
                    : real(static_cast<const float*>(a_.coefficients)[i]);
   }
 
-  PhiloxAt noise_at(int64_t seed_row) const {
-    return PhiloxAt{philox_key(a_.seeds ? uint64_t(a_.seeds[seed_row]) : a_.seed), a_.step, kStreamDiffusionStep};
+  Known<T> known_at(int64_t at, const real* z) const {
+    return {stream(a_.mask, at),   stream(a_.known, at), z,
+            real(a_.known_signal), real(a_.known_noise), a_.known_x0 != 0};
+  }
+  PhiloxAt noise_at(int64_t seed_row, uint32_t stream) const {
+    return PhiloxAt{philox_key(a_.seeds ? uint64_t(a_.seeds[seed_row]) : a_.seed), a_.step, stream};
+  }
+  // n normals as `real`; `room` has the space of n floats.
+  static void draw_real(real* z, float* room, int64_t count, int64_t n, PhiloxAt at) {
+    float* const to = sizeof(real) == sizeof(float) ? (float*)z : room;
+    draw(to, count, n, at);
+    if (to == room)
+      for (int64_t i = 0; i < n; ++i) z[i] = real(room[i]);
   }
 
   void make_noise(real* scaled, float* drawn, int64_t first, int64_t n, int64_t count, int64_t seed_row) const {
@@ -143,10 +163,7 @@ class Step {
       scale_noise(scaled, variance, n);
       return;
     }
-    float* const z = sizeof(real) == sizeof(float) ? (float*)scaled : drawn;
-    draw(z, count, n, noise_at(seed_row));
-    if (z == drawn)
-      for (int64_t i = 0; i < n; ++i) scaled[i] = real(z[i]);
+    draw_real(scaled, drawn, count, n, noise_at(seed_row, kStreamDiffusionStep));
     scale_noise(scaled, variance, n);
   }
 
@@ -157,8 +174,9 @@ class Step {
 template <class T>
 Status run(const DiffusionStep& a, int threads) {
   const Step<T> step(a);
-  const int64_t rows = a.noise_kind == kDrawnNoise ? a.seed_rows : 1, size = a.numel / rows;
-  const int64_t length = a.noise_kind == kNoNoise ? kRun : kDrawnRun, runs = (size + length - 1) / length;
+  const bool drawn = a.noise_kind == kDrawnNoise || (a.mask && a.known_noise != 0);
+  const int64_t rows = drawn ? a.seed_rows : 1, size = a.numel / rows;
+  const int64_t length = a.noise_kind == kNoNoise && !drawn ? kRun : kDrawnRun, runs = (size + length - 1) / length;
   threads = team(a.numel, threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t job = 0; job < rows * runs; ++job) {
@@ -168,8 +186,15 @@ Status run(const DiffusionStep& a, int threads) {
   return kOk;
 }
 
-Status diffusion_step(const DiffusionStep& a, int threads) {
+Status diffusion_step(const DiffusionStep& given, int threads) {
+  DiffusionStep a = given;
   if (a.numel <= 0) return kOk;
+  if (a.index) {
+    const int64_t row = *a.index;
+    if (row < 0 || row >= a.index_rows) return "step is not a row of the coefficients";
+    a.coefficients = static_cast<const char*>(a.coefficients) + row * kCoefficients * (a.wide ? 8 : 4);
+    a.step = uint32_t(row);
+  }
   switch (a.dtype) {
     case kFloat32:
       return run<float>(a, threads);

@@ -1,6 +1,7 @@
 """Functions on tensors: differentiable, safe under torch.compile, on CPU and CUDA."""
 
 from .diffusion import diffusion_step
+from .diffusion_plan import DiffusionPlan
 from .ema import ema_update_
 from .gmm import GmmArguments, gmm_log_prob
 from .gmm_em import GMM_EM_ROWS, GmmParameters, GmmStatistics, gmm_em_statistics, gmm_m_step, gmm_responsibilities
@@ -15,6 +16,7 @@ from .noising import add_noise, denoising_loss, flow_pair
 from .random import philox_normal, philox_uniform
 
 __all__ = [
+    "DiffusionPlan",
     "GMM_EM_ROWS",
     "GmmArguments",
     "GmmFit",

@@ -6,8 +6,8 @@ import torch
 
 from .. import _C, _call, reference
 from .._call import DTYPE_CODE, Kernel, Op, allocate, check_int, check_same_dtype, check_tensor, split_seed, written
-from ..reference.diffusion import real_dtype, rows, term
-from .random import STREAM_DIFFUSION_STEP
+from ..reference.diffusion import blend, real_dtype, rows, term
+from .random import STREAM_DIFFUSION_STEP, STREAM_KNOWN
 from .random import _op as _philox
 from .step_statistics import with_statistics
 
@@ -15,17 +15,18 @@ _kernel = Kernel("diffusion_step")
 _plain = _C.diffusion_step_plain
 _FLOATS = tuple(DTYPE_CODE)
 _NO_NOISE, _DRAWN_NOISE, _GIVEN_NOISE = 0, 1, 2
+_TENSORS = 13  # arguments of the op that come first
 COEFFICIENTS = ("A", "B", "c0", "c1", "c2", "c3", "c4", "s")
 
 
 # checks and allocation; they also run on fake tensors ---------------------------------------------------------------
 
 
-def _check(x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds):
+def _check(x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds, mask=None, known=None, index=None):
     if x.dtype not in DTYPE_CODE:
         raise TypeError(f"x must be one of {', '.join(map(str, DTYPE_CODE))}, got {x.dtype}")
     others = {"model_output": model_output, "uncond": uncond, "history[0]": h1, "history[1]": h2, "history[2]": h3,
-              "variance": variance, "noise": z}
+              "variance": variance, "noise": z, "mask": mask, "known": known}
     check_same_dtype("x", x, **others)
     for name, t in others.items():
         if t is not None and t.shape != x.shape:
@@ -34,13 +35,19 @@ def _check(x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds
     if c.dtype is not torch.float32 and not (c.dtype is torch.float64 and x.dtype is torch.float64):
         allowed = "float32 or float64" if x.dtype is torch.float64 else "float32"
         raise TypeError(f"coefficients must be {allowed} for x of {x.dtype}, got {c.dtype}")
+    if index is not None:
+        if c.dim() != 2 or c.shape[-1] != len(COEFFICIENTS):
+            raise ValueError(f"coefficients must be [steps, 8] where step is a tensor, got {tuple(c.shape)}")
+        if index.dtype is not torch.int64 or index.dim():
+            raise TypeError(f"step must be an int or an int64 tensor [], got {index.dtype} {tuple(index.shape)}")
+        return
     samples = x.shape[0] if x.dim() else 0
     if c.dim() not in (1, 2) or c.shape[-1] != len(COEFFICIENTS) or (c.dim() == 2 and c.shape[0] != samples):
         per_sample = f" or [{samples}, 8]" if x.dim() else ""
         raise ValueError(f"coefficients must be [8]{per_sample} ({', '.join(COEFFICIENTS)}), got {tuple(c.shape)}")
 
 
-def _check_overlap(outs, ins, coefficients, seeds):
+def _check_overlap(outs, ins, coefficients, seeds, index):
     """An output may be an input, element by element; anything else would be overwritten before it is read."""
 
     def span(t):
@@ -60,20 +67,19 @@ def _check_overlap(outs, ins, coefficients, seeds):
         for t in ins:
             if t is not None and t.data_ptr() != o.data_ptr() and meet(o, t):
                 raise ValueError(f"{name} overlaps a part of an input; it may be an input itself, or memory of its own")
-        for other, t in (("coefficients", coefficients), ("seed", seeds)):
+        for other, t in (("coefficients", coefficients), ("seed", seeds), ("step", index)):
             if t is not None and meet(o, t):
                 raise ValueError(f"{name} must not share memory with {other}")
 
 
-def _outputs_x0(x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds, guidance_scale, low, high,
-                noise, seed, step, out=None):
-    _check(x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds)
+def _outputs_x0(*args, out=None):
+    _check(*args[:_TENSORS])
     out, x0 = out or (None, None)
-    return _fitting("out", out, x), _fitting("x0_out", x0, x)
+    return _fitting("out", out, args[0]), _fitting("x0_out", x0, args[0])
 
 
 def _outputs(*args, out=None):
-    _check(*args[:10])
+    _check(*args[:_TENSORS])
     return _fitting("out", out, args[0])
 
 
@@ -86,20 +92,24 @@ def _fitting(name, out, x):
 # the kernel ----------------------------------------------------------------------------------------------------------
 
 
-def _launch_x0(outs, x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds, guidance_scale, low, high,
-               noise, seed, step):
+def _launch_x0(outs, x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds, mask, known, index,
+               guidance_scale, low, high, noise, seed, step, known_signal, known_noise, known_x0):
     # Bound to names: a temporary would die before the kernel runs.
-    ins = tuple(None if t is None else t.contiguous() for t in (x, model_output, uncond, h1, h2, h3, variance, z))
-    x, model_output, uncond, h1, h2, h3, variance, z = ins
+    ins = tuple(None if t is None else t.contiguous()
+                for t in (x, model_output, uncond, h1, h2, h3, variance, z, mask, known))
+    x, model_output, uncond, h1, h2, h3, variance, z, mask, known = ins
     coefficients = coefficients.contiguous()
     seeds = None if seeds is None else seeds.contiguous()
-    _check_overlap(outs, ins, coefficients, seeds)
+    _check_overlap(outs, ins, coefficients, seeds, index)
+    if index is not None and index.is_cpu and not 0 <= index.item() < coefficients.shape[0]:
+        raise ValueError(f"step must be in [0, {coefficients.shape[0]}), the rows of coefficients, got {index.item()}")
     kind = _GIVEN_NOISE if z is not None else _DRAWN_NOISE if noise else _NO_NOISE
     _kernel(
-        outs, (x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds),
-        x.numel(), coefficients.shape[0] if coefficients.dim() == 2 else 1,
+        outs, (x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds, mask, known, index),
+        x.numel(), coefficients.shape[0] if coefficients.dim() == 2 and index is None else 1,
         seeds.shape[0] if seeds is not None and seeds.dim() else 1, seed & (2**64 - 1), step,
-        guidance_scale, low, high, kind, DTYPE_CODE[x.dtype], coefficients.dtype is torch.float64,
+        guidance_scale, low, high, kind, known_signal, known_noise, known_x0,
+        0 if index is None else coefficients.shape[0], DTYPE_CODE[x.dtype], coefficients.dtype is torch.float64,
     )
 
 
@@ -111,25 +121,40 @@ def _launch(out, *args):
 
 
 def _setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:10])
-    ctx.scalars = inputs[10:]
+    ctx.save_for_backward(*inputs[:_TENSORS])
+    ctx.scalars = inputs[_TENSORS:]
 
 
 def _backward_x0(ctx, grad, grad_x0):
-    x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds = ctx.saved_tensors
-    guidance_scale, low, high, noise, seed, step = ctx.scalars
+    x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds, mask, known, index = ctx.saved_tensors
+    guidance_scale, low, high, noise, seed, step, known_signal, known_noise, known_x0 = ctx.scalars
     need = ctx.needs_input_grad
     real = real_dtype(x)
+    if index is not None:  # neither coefficients nor variance have a gradient then
+        coefficients = coefficients.index_select(0, index.reshape(1))[0]
     A, B, c0, c1, c2, c3, c4, s = rows(coefficients, x)
     xr, m, g = x.to(real), model_output.to(real), grad.to(real)
     if uncond is not None:
         u = uncond.to(real)
         m = u + guidance_scale * (m - u)
     raw = term(A, xr) + term(B, m)
+    grads = [None] * len(need)
+    w = None if mask is None else mask.to(real)
+    if w is not None and not known_x0:
+        if need[11]:
+            grads[11] = (w * known_signal * g).to(known.dtype)
+        g = torch.where(w == 1, 0.0, (1 - w) * g)
     g_raw = c0 * g if grad_x0 is None else c0 * g + grad_x0.to(real)
+    if w is not None and known_x0:
+        if need[11]:
+            grads[11] = (w * known_signal * g_raw).to(known.dtype)
+        g_raw = torch.where(w == 1, 0.0, (1 - w) * g_raw)
     g_raw = torch.where((raw >= low) & (raw <= high), g_raw, 0.0)  # as torch.clamp
     g_m = B * g_raw
-    grads = [None] * 16
+    def drawn(stream):
+        # The dispatcher has no way to call an op without a tensor under transforms.
+        of = x.new_full((), seed, dtype=torch.int64) if seeds is None else seeds
+        return _philox(of, tuple(x.shape), 0, step, stream, True, real, x.device)
 
     def give(i, t, like):
         if need[i]:
@@ -148,16 +173,20 @@ def _backward_x0(ctx, grad, grad_x0):
     if z is not None:
         zr = z.to(real)
     elif noise and (need[2] or (variance is not None and need[7])):
-        if seeds is None:  # the dispatcher has no way to call an op without a tensor under transforms
-            seeds = x.new_full((), seed, dtype=torch.int64)
-        zr = _philox(seeds, tuple(x.shape), 0, step, STREAM_DIFFUSION_STEP, True, real, x.device)
+        zr = drawn(STREAM_DIFFUSION_STEP)
     if zr is not None:
         if variance is not None and need[7]:
             grads[7] = (term(s, g * zr) * 0.5 / std).to(variance.dtype)
         if z is not None:
             give(8, s * g if std is None else s * std * g, z)
     if need[2]:
-        factors = [(g_raw, xr), (g_raw, m), (g, torch.clamp(raw, low, high)), (g, xr)]
+        x0 = torch.clamp(raw, low, high)
+        if w is not None and known_x0:
+            k = known_signal * known.to(real)
+            if known_noise:
+                k = k + known_noise * drawn(STREAM_KNOWN)
+            x0 = blend(w, k, x0)
+        factors = [(g_raw, xr), (g_raw, m), (g, x0), (g, xr)]
         factors += [(g, None if h is None else h.to(real)) for h in (h1, h2, h3)]
         factors.append((g, zr if zr is None or std is None else std * zr))
         axes = tuple(range(1 if coefficients.dim() == 2 else 0, x.dim()))
@@ -178,14 +207,25 @@ def _backward(ctx, grad):
 
 _ARGUMENTS = (
     "(Tensor x, Tensor model_output, Tensor coefficients, Tensor? uncond, Tensor? h1, Tensor? h2, Tensor? h3,"
-    " Tensor? variance, Tensor? z, Tensor? seeds, float guidance_scale, float low, float high, bool noise, SymInt seed,"
-    " SymInt step) -> "
+    " Tensor? variance, Tensor? z, Tensor? seeds, Tensor? mask, Tensor? known, Tensor? index, float guidance_scale,"
+    " float low, float high, bool noise, SymInt seed, SymInt step, float known_signal, float known_noise,"
+    " bool known_x0) -> "
 )
+
+
+def _reference(*args):
+    """The op's arguments in the order of the reference, which a person may call."""
+    mask, known, index = args[10:_TENSORS]
+    signal, noise, of_x0 = args[-3:]
+    return reference.diffusion.diffusion_step(*args[:10], *args[_TENSORS:-3], mask=mask, known=known, index=index,
+                                              known_signal=signal, known_noise=noise, known_x0=of_x0)
+
+
 _op = Op("diffusion_step" + _ARGUMENTS + "Tensor", outputs=_outputs, launch=_launch,
-         reference=lambda *args: reference.diffusion.diffusion_step(*args)[0], kernel=_kernel, dtypes=_FLOATS,
+         reference=lambda *args: _reference(*args)[0], kernel=_kernel, dtypes=_FLOATS,
          setup=_setup, backward=_backward)
 _op_x0 = Op("diffusion_step_x0" + _ARGUMENTS + "(Tensor, Tensor)", outputs=_outputs_x0, launch=_launch_x0,
-            reference=reference.diffusion.diffusion_step, kernel=_kernel, dtypes=_FLOATS, setup=_setup,
+            reference=_reference, kernel=_kernel, dtypes=_FLOATS, setup=_setup,
             backward=_backward_x0)
 
 
@@ -194,7 +234,8 @@ _op_x0 = Op("diffusion_step_x0" + _ARGUMENTS + "(Tensor, Tensor)", outputs=_outp
 
 def diffusion_step(x, model_output, coefficients, *, uncond=None, guidance_scale=1.0, history=(), variance=None,
                    clip=None, noise=False, seed=None, step=0, return_x0=False, out=None, x0_out=None,
-                   guidance_rescale=0.0, dynamic_threshold=None):
+                   guidance_rescale=0.0, dynamic_threshold=None, mask=None, known=None, known_scale=(1.0, 0.0),
+                   known_x0=False):
     r"""One step of any sampler that is affine in its inputs, in one pass over memory.
 
     .. math::
@@ -219,7 +260,10 @@ def diffusion_step(x, model_output, coefficients, *, uncond=None, guidance_scale
         noise: True draws ``z = philox_normal(x.shape, seed, step, stream=2)``; a tensor is taken as z; False: no noise.
         seed: as in :func:`philox_normal`: None draws one, an int counts over the whole tensor, an int64 tensor [b]
             seeds each sample on its own. Only with ``noise=True``.
-        step: counter word 2, in ``[0, 2**32)``: another one for every step that shares a seed.
+        step: counter word 2, in ``[0, 2**32)``: another one for every step that shares a seed. Or an int64 tensor []:
+            then coefficients are [steps, 8], and it is the row as well, read where it is: with a seed tensor [] nothing
+            of a loop comes from the host, so that one CUDA graph holds it. Neither coefficients nor variance may ask
+            for a gradient then. A step outside the rows is an error on the CPU, and NaN on a GPU.
         return_x0: return ``(out, x0)``.
         out, x0_out: contiguous tensors to write into, without gradients. Each may be any of the inputs (in place), but
             not a part of one, and not each other. ``x0_out`` is written also if x0 is not returned.
@@ -228,6 +272,12 @@ def diffusion_step(x, model_output, coefficients, *, uncond=None, guidance_scale
         dynamic_threshold: ``(q, largest)``, instead of a clip: ``x_0 = clip(y, -s, s) / s`` with ``y = A x + B m`` and
             s the quantile q of ``|y|`` over each sample, at least 1 and at most ``largest``. The quantile is exact, of
             samples of any size; one pass before the step.
+        mask: of x's shape; 1 where ``known`` holds, 0 where not, between them for a mixture. bool, or x's dtype (then
+            nothing is copied).
+        known: of x's shape and dtype: what is known of the data (inpainting).
+        known_scale: ``(a, b)``: where the mask is 1, ``out = a known + b z'`` with ``z' = philox_normal(x.shape, seed,
+            step, stream=10)``: known data at the noise level of the next step (RePaint).
+        known_x0: True puts it in the place of x_0 instead, from which the step goes on (DDNM, replacement).
 
     Gradients flow to every floating tensor, the coefficients included; the noise is drawn again for the backward pass,
     never stored. Where the clip cuts, the gradient is 0, as that of :func:`torch.clamp`. Under autocast the op follows
@@ -244,8 +294,8 @@ def diffusion_step(x, model_output, coefficients, *, uncond=None, guidance_scale
     """
     if guidance_rescale or dynamic_threshold is not None:
         coefficients, clip = _by_sample(x, model_output, coefficients, uncond, guidance_scale, clip, guidance_rescale,
-                                        dynamic_threshold)
-    if _call.plain_eager():
+                                        dynamic_threshold, step)
+    if mask is None and known is None and type(step) is int and _call.plain_eager():
         if seed is None and noise is True:
             seed = split_seed(None, None)[1]
         result = _plain(x, model_output, coefficients, uncond, guidance_scale, history, variance, clip, noise, seed,
@@ -255,10 +305,10 @@ def diffusion_step(x, model_output, coefficients, *, uncond=None, guidance_scale
                 written(out, x0_out)
             return result
     return _general(x, model_output, coefficients, uncond, guidance_scale, history, variance, clip, noise, seed, step,
-                    return_x0, out, x0_out)
+                    return_x0, out, x0_out, mask, known, known_scale, known_x0)
 
 
-def _by_sample(x, model_output, coefficients, uncond, guidance_scale, clip, rescale, threshold):
+def _by_sample(x, model_output, coefficients, uncond, guidance_scale, clip, rescale, threshold, step):
     """(coefficients, clip) with what depends on whole samples put into the coefficients."""
     for name, t in (("x", x), ("model_output", model_output), ("coefficients", coefficients), ("uncond", uncond)):
         if t is not None or name != "uncond":
@@ -267,6 +317,8 @@ def _by_sample(x, model_output, coefficients, uncond, guidance_scale, clip, resc
         raise TypeError(f"guidance_scale must be a float, got {type(guidance_scale).__name__}")
     _check(x, model_output, coefficients, uncond, None, None, None, None, None, None)
     what = "guidance_rescale" if rescale else "dynamic_threshold"
+    if isinstance(step, torch.Tensor):
+        raise TypeError(f"step must be an int with {what}, which is of the row, got a tensor")
     if not x.dim():
         raise ValueError(f"x must be [b, ...] for {what}, which is of each sample, got ()")
     if isinstance(rescale, bool) or not isinstance(rescale, (int, float)):
@@ -289,7 +341,7 @@ def _by_sample(x, model_output, coefficients, uncond, guidance_scale, clip, resc
 
 
 def _general(x, model_output, coefficients, uncond, guidance_scale, history, variance, clip, noise, seed, step,
-             return_x0, out, x0_out):
+             return_x0, out, x0_out, mask, known, known_scale, known_x0):
     tensors = {"x": x, "model_output": model_output, "coefficients": coefficients}
     optional = {"uncond": uncond, "variance": variance, "out": out, "x0_out": x0_out}
     for name, t in (*tensors.items(), *((n, t) for n, t in optional.items() if t is not None)):
@@ -305,21 +357,27 @@ def _general(x, model_output, coefficients, uncond, guidance_scale, history, var
     if not isinstance(guidance_scale, (int, float)):
         raise TypeError(f"guidance_scale must be a float, got {type(guidance_scale).__name__}")
     low, high = _clip_range(clip)
+    index = None
+    if isinstance(step, torch.Tensor):
+        index, step = step, 0
+        for name, t in (("coefficients", coefficients), ("variance", variance)):
+            if t is not None and t.requires_grad and torch.is_grad_enabled():
+                raise ValueError(f"{name} must not require a gradient where step is a tensor")
     step = check_int("step", step, 0, 2**32)
     z = seeds = None
+    mask, known, signal, known_noise = _known(x, mask, known, known_scale, known_x0)
     if isinstance(noise, torch.Tensor):
         z, noise = noise, False
-        if seed is not None:
+        if seed is not None and not known_noise:
             raise ValueError("seed must be None where noise is a tensor")
-        seed = 0
     elif not isinstance(noise, bool):
         raise TypeError(f"noise must be a bool or a tensor, got {type(noise).__name__}")
-    elif noise:
+    if noise or known_noise:
         seeds, seed = split_seed(seed, x.device, x.shape[0] if x.dim() else None)
     else:
         seed = 0
-    args = (x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds, float(guidance_scale), low, high,
-            noise, seed, step)
+    args = (x, model_output, coefficients, uncond, h1, h2, h3, variance, z, seeds, mask, known, index,
+            float(guidance_scale), low, high, noise, seed, step, signal, known_noise, bool(known_x0))
     if not return_x0 and x0_out is None:
         return _op(*args, out=out)
     if out is None and x0_out is None:
@@ -327,6 +385,23 @@ def _general(x, model_output, coefficients, uncond, guidance_scale, history, var
     outs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) if o is None else o for o in (out, x0_out))
     outs = _op_x0(*args, out=outs)
     return outs if return_x0 else outs[0]
+
+
+def _known(x, mask, known, scale, of_x0):
+    """(mask in x's dtype, known, a, b)."""
+    if (mask is None) != (known is None):
+        raise ValueError(f"mask and known must be given together, got {'known' if mask is None else 'mask'} alone")
+    if mask is None:
+        return None, None, 1.0, 0.0
+    check_tensor("mask", mask)
+    check_tensor("known", known)
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError("mask must not require a gradient: diffusion_step has none for it")
+    if not isinstance(scale, (tuple, list)) or len(scale) != 2 or not all(isinstance(v, (int, float)) for v in scale):
+        raise TypeError(f"known_scale must be (a, b), two floats, got {scale!r}")
+    if not isinstance(of_x0, bool):
+        raise TypeError(f"known_x0 must be a bool, got {type(of_x0).__name__}")
+    return mask.to(x.dtype) if mask.dtype is torch.bool else mask, known, float(scale[0]), float(scale[1])
 
 
 def _clip_range(clip):

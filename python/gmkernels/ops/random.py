@@ -12,6 +12,7 @@ STREAM_NORMAL, STREAM_UNIFORM, STREAM_DIFFUSION_STEP = 0, 1, 2  # csrc/core/phil
 STREAM_KMEANS = 5  # drawn in Python only
 STREAM_LOGISTIC_MIXTURE = 7
 STREAM_ADD_NOISE, STREAM_FLOW_PAIR = 8, 9
+STREAM_KNOWN = 10  # of diffusion_step
 _NORMAL, _UNIFORM = 0, 1
 
 _fill = Kernel("philox_fill")

@@ -4,7 +4,7 @@ import torch
 
 from .random import philox_fill
 
-STREAM = 2  # csrc/core/philox.h: kStreamDiffusionStep
+STREAM, STREAM_KNOWN = 2, 10  # csrc/core/philox.h: kStreamDiffusionStep, kStreamKnown
 
 
 def term(c, t):
@@ -25,22 +25,36 @@ def rows(coefficients, x):
     return c.unbind(-1)
 
 
-def draw(x, seeds, seed, step):
+def draw(x, seeds, seed, step, stream=STREAM):
     """The normal numbers of a step: those of ``philox_normal(x.shape, seed, step, stream=2)``."""
     size = x.numel() if seeds is None or seeds.dim() == 0 else x[:1].numel()
-    return philox_fill(seeds, seed, size, step, STREAM, True, torch.float32, x.device).reshape(x.shape)
+    return philox_fill(seeds, seed, size, step, stream, True, torch.float32, x.device).reshape(x.shape)
+
+
+def blend(mask, known, y):
+    """y where the mask is 0, known where it is 1, whatever the other holds; between them what lies between."""
+    return torch.where(mask == 0, y, torch.where(mask == 1, known, y + mask * (known - y)))
 
 
 def diffusion_step(x, model_output, coefficients, uncond=None, h1=None, h2=None, h3=None, variance=None, z=None,
-                   seeds=None, guidance_scale=1.0, low=-torch.inf, high=torch.inf, noise=False, seed=0, step=0):
+                   seeds=None, guidance_scale=1.0, low=-torch.inf, high=torch.inf, noise=False, seed=0, step=0, *,
+                   mask=None, known=None, index=None, known_signal=1.0, known_noise=0.0, known_x0=False):
     """(out, x0) of :func:`gmkernels.ops.diffusion_step`; no clip is (-inf, inf), the noise is z or drawn."""
     real = real_dtype(x)
+    if index is not None:
+        coefficients, step = coefficients[index], int(index)
+    if mask is not None:
+        mask, known = mask.to(real), known_signal * known.to(real)
+        if known_noise:
+            known = known + known_noise * draw(x, seeds, seed, step, STREAM_KNOWN).to(real)
     A, B, c0, c1, c2, c3, c4, s = rows(coefficients, x)
     m = model_output.to(real)
     if uncond is not None:
         u = uncond.to(real)
         m = u + guidance_scale * (m - u)
     x0 = torch.clamp(term(A, x.to(real)) + term(B, m), low, high)
+    if mask is not None and known_x0:
+        x0 = blend(mask, known, x0)
     out = term(c0, x0) + term(c1, x.to(real))
     for c, h in ((c2, h1), (c3, h2), (c4, h3)):
         if h is not None:
@@ -48,6 +62,8 @@ def diffusion_step(x, model_output, coefficients, uncond=None, h1=None, h2=None,
     if noise or z is not None:
         z = (draw(x, seeds, seed, step) if z is None else z).to(real)
         out = out + term(s, z if variance is None else variance.to(real).sqrt() * z)
+    if mask is not None and not known_x0:
+        out = blend(mask, known, out)
     return out.to(x.dtype), x0.to(x.dtype)
 
 
