@@ -106,20 +106,21 @@ def test_in_place_and_strided(device):
     got = ops.diffusion_step(*views[:2], ROW.to(device.torch), mask=views[2], known=views[3], **options)
     assert torch.equal(got, want)
     z = torch.zeros_like(x)
-    got = ops.diffusion_step(x, m, ROW.to(device.torch), mask=mask, known=known, noise=z, seed=3, known_scale=(0.8, 0.6))
-    still = ops.diffusion_step(x, m, ROW.to(device.torch), mask=mask, known=known, seed=3, known_scale=(0.8, 0.6))
-    assert torch.equal(got, still)
+    options = {"mask": mask, "known": known, "seed": 3, "known_scale": (0.8, 0.6)}
+    got = ops.diffusion_step(x, m, ROW.to(device.torch), noise=z, **options)
+    assert torch.equal(got, ops.diffusion_step(x, m, ROW.to(device.torch), **options))
 
 
 @pytest.mark.parametrize("of_x0", [False, True])
 def test_gradients(of_x0):
     x, m, u, h1, known = (cases.data(2, 7, seed=i, grad=True) for i in range(5))
     c = ROW.double().requires_grad_()
-    for mask in masks((2, 7), "cpu", F64):
-        def f(x, m, u, h1, known, c):
-            return ops.diffusion_step(x, m, c, uncond=u, guidance_scale=3.0, history=(h1,), return_x0=True, noise=True,
-                                      seed=3, mask=mask, known=known, known_scale=(0.8, 0.6), known_x0=of_x0)
 
+    def f(x, m, u, h1, known, c):
+        return ops.diffusion_step(x, m, c, uncond=u, guidance_scale=3.0, history=(h1,), return_x0=True, noise=True,
+                                  seed=3, mask=mask, known=known, known_scale=(0.8, 0.6), known_x0=of_x0)
+
+    for mask in masks((2, 7), "cpu", F64):
         assert gradcheck(f, (x, m, u, h1, known, c))
     assert gradgradcheck(f, (x, m, u, h1, known, c))
 
@@ -132,8 +133,8 @@ def test_opcheck_and_compile():
     args = (x, m, ROW.double(), *none, torch.arange(3), mask, known, None, 1.0, -2.0, 2.0, True, 0, 2, 0.8, 0.6, True)
     for op in (diffusion._op, diffusion._op_x0):
         assert set(torch.library.opcheck(op.op, args).values()) == {"SUCCESS"}
-    indexed = (x, m, torch.stack((ROW, 2 * ROW)).double(), *none, None, None, None, torch.tensor(1), 1.0, -2.0, 2.0, True,
-               5, 0, 1.0, 0.0, False)
+    indexed = (x, m, torch.stack((ROW, 2 * ROW)).double(), *none, None, None, None, torch.tensor(1), 1.0, -2.0, 2.0,
+               True, 5, 0, 1.0, 0.0, False)
     assert set(torch.library.opcheck(diffusion._op.op, indexed).values()) == {"SUCCESS"}
 
     def f(x, m, known):
@@ -245,7 +246,8 @@ def test_plan(device, dtype):
     for options in ({}, {"uncond": u}, {"history": (h1,), "return_x0": True},
                     {"mask": mask, "known": known, "known_scale": (0.8, 0.6), "known_x0": True}):
         for i in (0, 3, 4):
-            want = ops.diffusion_step(x, m, rows[i], noise=True, seed=3, step=i, clip=1.5, guidance_scale=2.0, **options)
+            same = {"noise": True, "seed": 3, "step": i, "clip": 1.5, "guidance_scale": 2.0}
+            want = ops.diffusion_step(x, m, rows[i], **same, **options)
             for index in (i, torch.tensor(i, device=device.torch)):
                 got = plan(x, m, index, **options)
                 for a, b in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, want)), strict=True):
