@@ -315,10 +315,10 @@ def _by_sample(x, model_output, coefficients, uncond, guidance_scale, clip, resc
             check_tensor(name, t)
     if not isinstance(guidance_scale, (int, float)):
         raise TypeError(f"guidance_scale must be a float, got {type(guidance_scale).__name__}")
-    _check(x, model_output, coefficients, uncond, None, None, None, None, None, None)
     what = "guidance_rescale" if rescale else "dynamic_threshold"
     if isinstance(step, torch.Tensor):
         raise TypeError(f"step must be an int with {what}, which is of the row, got a tensor")
+    _check(x, model_output, coefficients, uncond, None, None, None, None, None, None)
     if not x.dim():
         raise ValueError(f"x must be [b, ...] for {what}, which is of each sample, got ()")
     if isinstance(rescale, bool) or not isinstance(rescale, (int, float)):
