@@ -50,7 +50,10 @@ def _sampler(library, name, steps, x, m, seed=None, **config):
         if seed is not None:
             torch.manual_seed(seed)
         if hasattr(scheduler, "_step_index"):
-            scheduler._step_index = None  # from the start; what is left of the history costs as much as any other
+            scheduler._step_index = None
+        if hasattr(scheduler, "lower_order_nums"):  # no history yet, as after set_timesteps
+            scheduler.lower_order_nums, scheduler.last_sample = 0, None
+            scheduler.model_outputs = [None] * scheduler.config.solver_order
         y = x
         for t in scheduler.timesteps:
             y = scheduler.step(m, t, y).prev_sample

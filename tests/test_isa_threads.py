@@ -14,6 +14,7 @@ from gmkernels.cli.selftest import TOLERANCE
 
 THREADS = (1, 2, 8)
 EXACT = {"philox_normal", "philox_uniform"}
+STEPS = {"schedulers": 10}  # of TOLERANCE: 50 steps, one after the other
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +60,8 @@ def test_every_isa_and_thread_count(family):
             first = first or one
             if case.op in EXACT:
                 assert same_bits(one, first), f"{case.op} {case.name}: {isa}"
-            assert distance(one, first) <= TOLERANCE, f"{case.op} {case.name}: {isa}: {distance(one, first):.1e}"
+            limit = STEPS.get(case.op, 1) * TOLERANCE
+            assert distance(one, first) <= limit, f"{case.op} {case.name}: {isa}: {distance(one, first):.1e}"
 
 
 def test_the_comparison_sees_one_bit():
