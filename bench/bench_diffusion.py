@@ -18,6 +18,7 @@ def cases(quick, device):
     yield _ddpm(latents, device, goals={"eager": 8.0, "diffusers": 12.0} if cpu else {})
     yield _ddim(images, device, share_goal=0.9)
     yield _tiny(device)
+    yield _plan(device)
     yield _multistep(latents if quick else images, device)
     if not quick:
         yield _ddpm(images, device)
@@ -25,6 +26,9 @@ def cases(quick, device):
         yield _ddim(images, device, dtype=torch.bfloat16)
         yield _guided(images, device)
         yield _points(device)
+        yield _threshold(images, device, {"diffusers": 20.0} if cpu else {})
+        yield _rescale(images, device, {"diffusers": 8.0} if cpu else {})
+        yield _inpainting(images, device)
 
 
 def _tensors(count, shape, device, dtype=torch.float32):
@@ -135,6 +139,18 @@ def _tiny(device):
     )
 
 
+def _plan(device):
+    x, m = _tensors(2, (1, 4), device)
+    table = _row([coefficients.ddpm(_A, _A_NEXT)] * 50, device)
+    plan = ops.DiffusionPlan(table, noise=True, seed=0, clip=1.0)
+    return Case(
+        "diffusion_step", "DDPM [1,4], a plan: the cost of a call", lambda: plan(x, m, 25),
+        {"torch.add": lambda: torch.add(x, m, alpha=2.0), "diffusers": _scheduler("DDPMScheduler", x, m)},
+        goals={"torch.add": 1 / 2} if torch.device(device).type == "cpu" else {},
+        note="checks and allocation included",
+    )
+
+
 def _multistep(shape, device):
     x, m, h = _tensors(3, shape, device)
     out, x0 = torch.empty_like(x), torch.empty_like(x)
@@ -198,4 +214,103 @@ def _points(device):
         "diffusion_step", f"DDIM {_name(shape)}, coefficients per sample", ours,
         {"eager": eager, "torch.compile": torch.compile(eager)},
         bytes=3 * x.numel() * x.element_size() + rows.numel() * 4, error=_error(ours, (x, m), rows),
+    )
+
+
+def _threshold(shape, device, goals):
+    """DDIM with the quantile of every sample."""
+    x, m = _tensors(2, shape, device)
+    values = coefficients.ddim(_A, _A_NEXT)
+    row = _row(values, device)
+    A, B, c0, c1 = values[:4]
+    q, largest = 0.995, 100.0
+
+    def eager():
+        x0 = (A * x).add_(m, alpha=B)
+        s = torch.quantile(x0.abs().flatten(1), q, dim=1).clamp_(1, largest).reshape(-1, *(1,) * (x.dim() - 1))
+        x0 = torch.clamp(x0, -s, s).div_(s)
+        return x0.mul_(c0).add_(x, alpha=c1)
+
+    def ours():
+        return ops.diffusion_step(x, m, row, dynamic_threshold=(q, largest))
+
+    def error():
+        a, b = x.double(), m.double()
+        s = torch.quantile((A * a + B * b).abs().flatten(1), q, dim=1).clamp(1, largest).reshape(-1, 1, 1, 1)
+        want = c0 * torch.clamp(A * a + B * b, -s, s) / s + c1 * a
+        return ((ours().double() - want).abs().max() / want.abs().max()).item()
+
+    return Case(
+        "diffusion_step", f"DDIM with dynamic threshold {_name(shape)}", ours,
+        {"eager": eager, "torch.compile": torch.compile(eager),
+         "diffusers": _scheduler("DDIMScheduler", x, m, clip_sample=False, thresholding=True, sample_max_value=largest)},
+        bytes=5 * x.numel() * x.element_size(), error=error, goals=goals, note="x and m are read twice",
+    )
+
+
+def _rescale(shape, device, goals):
+    """DDIM with guidance, rescaled by the ratio of two standard deviations of every sample."""
+    x, m, u = _tensors(3, shape, device)
+    values = coefficients.ddim(_A, _A_NEXT)
+    row = _row(values, device)
+    A, B, c0, c1 = values[:4]
+    guidance, phi = 7.5, 0.7
+    step = _scheduler("DDIMScheduler", x, m, clip_sample=False)
+    axes = tuple(range(1, x.dim()))
+
+    def guided(m, u):
+        g = u + guidance * (m - u)
+        rescaled = g * (m.std(dim=axes, keepdim=True) / g.std(dim=axes, keepdim=True))
+        return phi * rescaled + (1 - phi) * g
+
+    def eager():
+        return torch.mul(x, c0 * A + c1).add_(guided(m, u), alpha=c0 * B)
+
+    def diffusers():
+        guided(m, u)  # the lines of its pipelines; the scheduler's step costs the same for any output
+        return step()
+
+    def ours():
+        return ops.diffusion_step(x, m, row, uncond=u, guidance_scale=guidance, guidance_rescale=phi)
+
+    def error():
+        a = x.double()
+        want = (c0 * A + c1) * a + c0 * B * guided(m.double(), u.double())
+        return ((ours().double() - want).abs().max() / want.abs().max()).item()
+
+    return Case(
+        "diffusion_step", f"DDIM with guidance rescale {_name(shape)}", ours,
+        {"eager": eager, "torch.compile": torch.compile(eager), "diffusers": step if isinstance(step, str) else diffusers},
+        bytes=6 * x.numel() * x.element_size(), error=error, goals=goals, note="model_output and uncond are read twice",
+    )
+
+
+def _inpainting(shape, device):
+    """DDPM, and the known half of each image at the noise level of the next step."""
+    x, m, known = _tensors(3, shape, device)
+    mask = torch.zeros_like(x)
+    mask[..., : shape[-1] // 2] = 1
+    values = coefficients.ddpm(_A, _A_NEXT)
+    row = _row(values, device)
+    A, B, c0, c1, *_, s = values
+    scale = _A_NEXT**0.5, (1 - _A_NEXT) ** 0.5
+
+    def eager():
+        x0 = (A * x + B * m).clamp_(-1, 1)
+        y = x0.mul_(c0).add_(x, alpha=c1).add_(torch.randn_like(x), alpha=s)
+        return mask * (scale[0] * known + scale[1] * torch.randn_like(x)) + (1 - mask) * y
+
+    def ours():
+        return ops.diffusion_step(x, m, row, clip=1.0, noise=True, seed=0, mask=mask, known=known, known_scale=scale)
+
+    def error():
+        wide = [t.double() for t in (x, m, row)]
+        want = reference.diffusion.diffusion_step(*wide, noise=True, low=-1.0, high=1.0, mask=mask.double(),
+                                                  known=known.double(), known_signal=scale[0], known_noise=scale[1])[0]
+        return ((ours().double() - want).abs().max() / want.abs().max()).item()
+
+    return Case(
+        "diffusion_step", f"DDPM, half of it known {_name(shape)}", ours,
+        {"eager": eager, "torch.compile": torch.compile(eager)},
+        bytes=5 * x.numel() * x.element_size(), normals=2 * x.numel(), error=error,
     )

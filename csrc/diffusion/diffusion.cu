@@ -68,11 +68,6 @@ GMK_DEV void write(void* stream, int64_t at, int count, const typename Real<T>::
   }
 }
 
-// Normals of the elements of a group, and those of what is known.
-template <int n>
-struct Normals {
-  float step[n], known[n];
-};
 // y where the mask is 0, `known` where it is 1, whatever the other holds.
 template <class R>
 GMK_DEV R blend(R mask, R known, R y) {
@@ -82,7 +77,7 @@ GMK_DEV R blend(R mask, R known, R y) {
 // Elements [at, at + count), which share a row of coefficients. kKnown: there may be a mask.
 template <class T, int n, bool kPacked, bool kKnown>
 GMK_DEV void step(const DiffusionStep& a, const Row<typename Real<T>::type>& row, int64_t at, int count,
-                  const Normals<n>& drawn) {
+                  const float (&drawn)[n], const float (&of_known)[kKnown ? n : 1]) {
   using R = typename Real<T>::type;
   const R(&c)[kCoefficients] = row.c;
   R x[n], m[n], v[n], x0[n], out[n];
@@ -97,6 +92,7 @@ GMK_DEV void step(const DiffusionStep& a, const Row<typename Real<T>::type>& row
   for (int i = 0; i < n; ++i) {
     const R y = term(c[kA], x[i]) + term(c[kB], m[i]);
     x0[i] = y < R(a.low) ? R(a.low) : y > R(a.high) ? R(a.high) : y;  // NaN stays
+    if (!kKnown) out[i] = term(c[kC0], x0[i]) + term(c[kC1], x[i]);   // not in a loop of its own: sm_75 would spill
   }
   R mask[n], known[n];
   if (kKnown && a.mask) {
@@ -105,12 +101,13 @@ GMK_DEV void step(const DiffusionStep& a, const Row<typename Real<T>::type>& row
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       known[i] = R(a.known_signal) * known[i];
-      if (a.known_noise != 0) known[i] += R(a.known_noise) * R(drawn.known[i]);
+      if (a.known_noise != 0) known[i] += R(a.known_noise) * R(of_known[kKnown ? i : 0]);
       if (a.known_x0) x0[i] = blend(mask[i], known[i], x0[i]);
     }
   }
 #pragma unroll
-  for (int i = 0; i < n; ++i) out[i] = term(c[kC0], x0[i]) + term(c[kC1], x[i]);
+  for (int i = 0; i < n; ++i)
+    if (kKnown) out[i] = term(c[kC0], x0[i]) + term(c[kC1], x[i]);
 #pragma unroll
   for (int h = 0; h < 3; ++h)
     if (a.history[h] && c[kC2 + h] != R(0)) {
@@ -124,7 +121,7 @@ GMK_DEV void step(const DiffusionStep& a, const Row<typename Real<T>::type>& row
       read<T, n, kPacked>(a.noise, at, count, z);
     } else {
 #pragma unroll
-      for (int i = 0; i < n; ++i) z[i] = R(drawn.step[i]);
+      for (int i = 0; i < n; ++i) z[i] = R(drawn[i]);
     }
     if (a.variance) {
       read<T, n, kPacked>(a.variance, at, count, v);
@@ -165,25 +162,27 @@ __global__ void __launch_bounds__(256) diffusion_step_kernel(DiffusionStep a, in
     const int count = left < n ? int(left) : n;
     const int64_t first = one_row ? 0 : at / sample, last = one_row ? 0 : (at + count - 1) / sample;
     if (!one_row) row = load_row<R>(a, first);
-    Normals<n> z = {};
-    const PhiloxKey key = philox_key(a.seeds ? uint64_t(a.seeds[seed_row]) : a.seed);
+    float z[n] = {}, other[kKnown ? n : 1] = {};
     if (a.noise_kind == kDrawnNoise && (first != last || row.c[kS] != R(0))) {
+      const PhiloxKey key = philox_key(a.seeds ? uint64_t(a.seeds[seed_row]) : a.seed);
 #pragma unroll
       for (int i = 0; i < n; i += 4)
-        normals_from(philox(uint64_t(group * (n / 4) + i / 4), a.step, kStreamDiffusionStep, key), z.step + i);
+        normals_from(philox(uint64_t(group * (n / 4) + i / 4), a.step, kStreamDiffusionStep, key), z + i);
     }
     if (known_noise) {
+      const PhiloxKey key = philox_key(a.seeds ? uint64_t(a.seeds[seed_row]) : a.seed);
 #pragma unroll
       for (int i = 0; i < n; i += 4)
-        normals_from(philox(uint64_t(group * (n / 4) + i / 4), a.step, kStreamKnown, key), z.known + i);
+        if constexpr (kKnown)
+          normals_from(philox(uint64_t(group * (n / 4) + i / 4), a.step, kStreamKnown, key), other + i);
     }
     if (first == last) {
-      step<T, n, kPacked, kKnown>(a, row, at, count, z);
+      step<T, n, kPacked, kKnown>(a, row, at, count, z, other);
     } else {  // samples shorter than a group, or not a multiple of it
 #pragma unroll
       for (int i = 0; i < n; ++i) {  // unrolled: an index known only at run time would put z into local memory
-        const Normals<1> one = {{z.step[i]}, {z.known[i]}};
-        if (i < count) step<T, 1, false, kKnown>(a, load_row<R>(a, (at + i) / sample), at + i, 1, one);
+        const float one[1] = {z[i]}, of_known[1] = {other[kKnown ? i : 0]};
+        if (i < count) step<T, 1, false, kKnown>(a, load_row<R>(a, (at + i) / sample), at + i, 1, one, of_known);
       }
     }
   }

@@ -67,7 +67,7 @@ struct Magnitude {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) quantile_kernel(StepStatistics s) {
+__global__ void __launch_bounds__(kThreads, 2) quantile_kernel(StepStatistics s) {
   using R = typename Real<T>::type;
   using Key = typename Real<T>::key;
   GMK_DYN_SHARED(memory);
@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(kThreads) quantile_kernel(StepStatistics s) {
       nan = 0;
     }
     int shift = RadixDigits<Key>::kBits;
+#pragma unroll 1
     for (int digit = 0; digit < RadixDigits<Key>::kCount; ++digit) {
       const int width = radix_width<Key>(digit), above = shift, bins = 1 << width;
       shift -= width;
@@ -151,6 +152,12 @@ GMK_DEV double block_sum(double v, double* parts) {
   return sum;
 }
 
+// n - 1 times the variance.
+GMK_DEV double rest_of(double sum, double squares, int64_t n) {
+  const double rest = squares - sum * (sum / double(n));
+  return n > 1 ? rest < 0 ? 0 : rest : NAN;
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads) guidance_rescale_kernel(StepStatistics s) {
   using R = typename Real<T>::type;
@@ -171,14 +178,9 @@ __global__ void __launch_bounds__(kThreads) guidance_rescale_kernel(StepStatisti
         squares[k] += by[k] * by[k];
       }
     }
-    double variance[2];
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const double all = block_sum(sum[k], parts), rest = block_sum(squares[k], parts) - all * (all / double(n));
-      variance[k] = (rest < 0 ? 0 : rest) / double(n - 1);
-    }
-    if (threadIdx.x == 0)
-      static_cast<R*>(s.out)[sample] = R(s.amount * sqrt(variance[0] / variance[1]) + (1 - s.amount));
+    const double before = rest_of(block_sum(sum[0], parts), block_sum(squares[0], parts), n);
+    const double after = rest_of(block_sum(sum[1], parts), block_sum(squares[1], parts), n);
+    if (threadIdx.x == 0) static_cast<R*>(s.out)[sample] = R(s.amount * sqrt(before / after) + (1 - s.amount));
   }
 }
 
