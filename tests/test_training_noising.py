@@ -273,6 +273,20 @@ def test_limits_of_the_schedule(device):
         cases.close(got, loss_oracle(x0, x0 + 1, t, pairs, 2, target, "min_snr")[0], rtol=1e-5)
 
 
+def test_what_is_behind_the_last_sample_is_not_taken(isa):
+    """Columns of weights of samples of few elements: what an earlier call has left there."""
+    pairs = schedule()
+    for d in (1, 2, 3, 9, 17):
+        for b in (1, 2, 3, 5):
+            many = torch.ones(300, d)
+            for left in (math.nan, math.inf):
+                weight = torch.full((300,), left)
+                ops.denoising_loss(many, many, sample_times(300), pairs, 1, weight=weight)
+                x0, t = data((b, d)), sample_times(b)
+                got = ops.denoising_loss(x0, x0 + 1, t, pairs, 2)
+                cases.close(got, loss_oracle(x0, x0 + 1, t, pairs, 2, "epsilon")[0], rtol=1e-5)
+
+
 def test_min_snr_is_the_formula():
     alpha, sigma = torch.tensor([0.999, 0.6, 0.05]), torch.tensor([0.04, 0.8, 0.999])
     snr = (alpha / sigma).double() ** 2

@@ -138,7 +138,7 @@ struct LossOp {
     V target = c(1) * hidden<kMasked>(z, c(1));
     if constexpr (kData) target = madd(c(0), hidden<kMasked>(get(x0 + at, count...), c(0)), target);
     const V d = first_lanes(get(pred + at, count...) - target, count...);
-    state.lanes = madd(c(2) * d, d, state.lanes);
+    state.lanes = madd(first_lanes(c(2) * d, count...), d, state.lanes);  // lanes behind the last have no c
     if constexpr (kGrad) put(grad + at, c(3) * d, count...);
   }
 };
