@@ -243,7 +243,8 @@ def _threshold(shape, device, goals):
     return Case(
         "diffusion_step", f"DDIM with dynamic threshold {_name(shape)}", ours,
         {"eager": eager, "torch.compile": torch.compile(eager),
-         "diffusers": _scheduler("DDIMScheduler", x, m, clip_sample=False, thresholding=True, sample_max_value=largest)},
+         "diffusers": _scheduler("DDIMScheduler", x, m, clip_sample=False, thresholding=True,
+                                 sample_max_value=largest)},
         bytes=5 * x.numel() * x.element_size(), error=error, goals=goals, note="x and m are read twice",
     )
 
@@ -280,7 +281,8 @@ def _rescale(shape, device, goals):
 
     return Case(
         "diffusion_step", f"DDIM with guidance rescale {_name(shape)}", ours,
-        {"eager": eager, "torch.compile": torch.compile(eager), "diffusers": step if isinstance(step, str) else diffusers},
+        {"eager": eager, "torch.compile": torch.compile(eager),
+         "diffusers": step if isinstance(step, str) else diffusers},
         bytes=6 * x.numel() * x.element_size(), error=error, goals=goals, note="model_output and uncond are read twice",
     )
 

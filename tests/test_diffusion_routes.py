@@ -155,8 +155,8 @@ def test_opcheck(name, x0):
     made = tensors((2, 5), names, F64, grad=True)
     low, high = diffusion._clip_range(options.get("clip"))
     optional = map(made.get, ("uncond", "h1", "h2", "h3", "variance", "z"))
-    args = (made["x"], made["model_output"], coefficients(dtype=F64, grad=True), *optional, None,
-            options.get("guidance_scale", 1.0), low, high, options.get("noise", False), 5, 3)
+    args = (made["x"], made["model_output"], coefficients(dtype=F64, grad=True), *optional, *(None,) * 4,
+            options.get("guidance_scale", 1.0), low, high, options.get("noise", False), 5, 3, 1.0, 0.0, False)
     op = diffusion._op_x0 if x0 else diffusion._op
     assert set(torch.library.opcheck(op.op, args).values()) == {"SUCCESS"}
 
