@@ -98,7 +98,7 @@ def test_nan_and_infinity(device, n):
 def test_a_wrong_guess_of_the_bounds_is_made_good():
     """What is drawn says nothing of the rest: half of each stretch is another number, whatever place is drawn."""
     n = 300_000
-    for seed in range(20):
+    for seed in range(4):
         g = torch.Generator().manual_seed(seed)
         m = torch.where(torch.rand(1, n, generator=g) < 0.5, 1.0, 2.0) + 1e-3 * torch.rand(1, n, generator=g)
         m[0, 1000:2000] = 50 + torch.rand(1000, generator=g)
