@@ -6,7 +6,7 @@ import torch
 
 from .. import _C, _call, reference
 from .._call import DTYPE_CODE, Kernel, Op, allocate, check_int, check_same_dtype, check_tensor, split_seed, written
-from ..reference.diffusion import blend, real_dtype, rows, term
+from ..reference.diffusion import blend, guided, real_dtype, rows, term
 from .random import STREAM_DIFFUSION_STEP, STREAM_KNOWN
 from .random import _op as _philox
 from .step_statistics import with_statistics
@@ -133,24 +133,26 @@ def _backward_x0(ctx, grad, grad_x0):
     if index is not None:  # neither coefficients nor variance have a gradient then
         coefficients = coefficients.index_select(0, index.reshape(1))[0]
     A, B, c0, c1, c2, c3, c4, s = rows(coefficients, x)
-    xr, m, g = x.to(real), model_output.to(real), grad.to(real)
-    if uncond is not None:
-        u = uncond.to(real)
-        m = u + guidance_scale * (m - u)
+    xr, g = x.to(real), grad.to(real)
+    m = guided(model_output.to(real), None if uncond is None else uncond.to(real), guidance_scale)
     raw = term(A, xr) + term(B, m)
     grads = [None] * len(need)
     w = None if mask is None else mask.to(real)
-    if w is not None and not known_x0:
+
+    def of_unknown(g):
+        """What is left of a gradient where something is known; the rest is that of `known`."""
         if need[11]:
             grads[11] = (w * known_signal * g).to(known.dtype)
-        g = torch.where(w == 1, 0.0, (1 - w) * g)
+        return torch.where(w == 1, 0.0, (1 - w) * g)
+
+    if w is not None and not known_x0:
+        g = of_unknown(g)
     g_raw = c0 * g if grad_x0 is None else c0 * g + grad_x0.to(real)
     if w is not None and known_x0:
-        if need[11]:
-            grads[11] = (w * known_signal * g_raw).to(known.dtype)
-        g_raw = torch.where(w == 1, 0.0, (1 - w) * g_raw)
+        g_raw = of_unknown(g_raw)
     g_raw = torch.where((raw >= low) & (raw <= high), g_raw, 0.0)  # as torch.clamp
     g_m = B * g_raw
+
     def drawn(stream):
         # The dispatcher has no way to call an op without a tensor under transforms.
         of = x.new_full((), seed, dtype=torch.int64) if seeds is None else seeds

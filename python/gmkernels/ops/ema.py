@@ -17,12 +17,9 @@ def _stream(device):
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def _layout(t):
-    """The memory format that makes t one block of memory, or None."""
-    for format, dims in ((torch.contiguous_format, t.dim()), (torch.channels_last, 4), (torch.channels_last_3d, 5)):
-        if t.dim() == dims and t.is_contiguous(memory_format=format):
-            return format
-    return None
+def _is_one_block(t):
+    formats = ((torch.contiguous_format, t.dim()), (torch.channels_last, 4), (torch.channels_last_3d, 5))
+    return any(t.dim() == dims and t.is_contiguous(memory_format=format) for format, dims in formats)
 
 
 def _joins(e, v):
@@ -31,7 +28,7 @@ def _joins(e, v):
             or (e.dtype, v.dtype) not in _PAIRS or e.is_neg() or v.is_neg() or e.device != v.device
             or (e.is_cuda and _update.cuda is None) or not (e.is_cuda or e.is_cpu)):  # fmt: skip
         return False
-    return e.stride() == v.stride() and _layout(e) is not None or e.is_contiguous() and v.is_contiguous()
+    return e.stride() == v.stride() and _is_one_block(e) or e.is_contiguous() and v.is_contiguous()
 
 
 def _range(t):

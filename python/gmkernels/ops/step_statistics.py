@@ -44,20 +44,16 @@ def _rescale_launch(out, model_output, uncond, guidance_scale, rescale):
 
 
 def _setup(ctx, inputs, output):
-    ctx.tensors = [isinstance(t, torch.Tensor) for t in inputs]
-    ctx.save_for_backward(*(t for t in inputs if isinstance(t, torch.Tensor)))
-    ctx.inputs = [None if isinstance(t, torch.Tensor) else t for t in inputs]
+    ctx.save_for_backward(*inputs[:-2])
+    ctx.scalars = inputs[-2:]
 
 
 def _backward_of(formula):
     """The formula's own derivative, which can be differentiated again."""
 
     def backward(ctx, grad):
-        args, saved = list(ctx.inputs), iter(ctx.saved_tensors)
-        for i, is_tensor in enumerate(ctx.tensors):
-            if is_tensor:
-                args[i] = next(saved)
-        wanted = [i for i, is_tensor in enumerate(ctx.tensors) if is_tensor and ctx.needs_input_grad[i]]
+        args = [*ctx.saved_tensors, *ctx.scalars]
+        wanted = [i for i, need in enumerate(ctx.needs_input_grad) if need]
 
         def of(*tensors):
             for i, t in zip(wanted, tensors, strict=True):
@@ -89,17 +85,11 @@ rescale_factor = Op(
 def with_statistics(coefficients, x, model_output, uncond, guidance_scale, rescale, threshold):
     """Coefficients per sample, with the rescale of the guidance and 1 / threshold as factors. Checked arguments."""
     rows = coefficients if coefficients.dim() == 2 else coefficients.expand(x.shape[0], -1)
-    one = torch.ones((), dtype=rows.dtype, device=rows.device)
-
-    def scaled(rows, a, b):
-        others = one.expand(rows.shape[0], 1)
-        return rows * torch.cat((a[:, None], b[:, None], others.expand(-1, 6)), 1)
-
     if rescale:
         factor = rescale_factor(model_output, uncond, guidance_scale, rescale).to(rows.dtype)
-        rows = scaled(rows, torch.ones_like(factor), factor)
+        rows = torch.cat((rows[:, :1], rows[:, 1:2] * factor[:, None], rows[:, 2:]), 1)  # B
     if threshold is not None:
         q, most = threshold
         least = quantile(x, model_output, rows, uncond, guidance_scale, q).clamp(1.0, most).to(rows.dtype)
-        rows = scaled(rows, 1 / least, 1 / least)
+        rows = torch.cat((rows[:, :2] * (1 / least)[:, None], rows[:, 2:]), 1)  # A and B
     return rows

@@ -25,6 +25,11 @@ def rows(coefficients, x):
     return c.unbind(-1)
 
 
+def guided(model_output, uncond, scale):
+    """uncond + scale (model_output - uncond); without uncond the model's output."""
+    return model_output if uncond is None else uncond + scale * (model_output - uncond)
+
+
 def draw(x, seeds, seed, step, stream=STREAM):
     """The normal numbers of a step: those of ``philox_normal(x.shape, seed, step, stream=2)``."""
     size = x.numel() if seeds is None or seeds.dim() == 0 else x[:1].numel()
@@ -48,10 +53,7 @@ def diffusion_step(x, model_output, coefficients, uncond=None, h1=None, h2=None,
         if known_noise:
             known = known + known_noise * draw(x, seeds, seed, step, STREAM_KNOWN).to(real)
     A, B, c0, c1, c2, c3, c4, s = rows(coefficients, x)
-    m = model_output.to(real)
-    if uncond is not None:
-        u = uncond.to(real)
-        m = u + guidance_scale * (m - u)
+    m = guided(model_output.to(real), None if uncond is None else uncond.to(real), guidance_scale)
     x0 = torch.clamp(term(A, x.to(real)) + term(B, m), low, high)
     if mask is not None and known_x0:
         x0 = blend(mask, known, x0)
@@ -71,9 +73,7 @@ def step_quantile(x, model_output, coefficients, uncond, guidance_scale, q):
     """[b]: quantile q of ``|A x + B m|`` over each sample, interpolated linearly; NaN where a sample has one."""
     real = real_dtype(x)
     A, B, *_ = rows(coefficients, x)
-    m = model_output.to(real)
-    if uncond is not None:
-        m = uncond.to(real) + guidance_scale * (m - uncond.to(real))
+    m = guided(model_output.to(real), None if uncond is None else uncond.to(real), guidance_scale)
     y = (term(A, x.to(real)) + term(B, m)).abs().flatten(1)
     if not y.numel():
         return y.new_full(y.shape[:1], torch.nan)
@@ -89,5 +89,4 @@ def guidance_rescale(model_output, uncond, guidance_scale, rescale):
     """[b]: ``rescale std(model_output) / std(m) + 1 - rescale``, the standard deviations over each sample (n - 1)."""
     real = real_dtype(model_output)
     c, u = model_output.to(real).flatten(1), uncond.to(real).flatten(1)
-    m = u + guidance_scale * (c - u)
-    return rescale * (c.std(1) / m.std(1)) + (1 - rescale)
+    return rescale * (c.std(1) / guided(c, u, guidance_scale).std(1)) + (1 - rescale)
