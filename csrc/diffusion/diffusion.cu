@@ -1,24 +1,11 @@
 // One thread makes a group of 16 bytes of each tensor (4 elements at least: one Philox block); threads stride over all
 // groups. Bound: memory, streams * numel * sizeof(T); drawing noise adds some 40 integer and 45 float operations an
 // element, about as much as the float32 loads take. A sample's noise starts at its own block 0: nothing depends on the grid.
-#include "cuda/prims.cuh"
+#include "cuda/real.cuh"
 #include "diffusion/diffusion.h"
 
 namespace gmk {
 namespace {
-
-template <class T>
-struct Real {
-  using type = float;
-  static GMK_DEV float from(T x) { return to_float(x); }
-  static GMK_DEV T to(float x) { return from_float<T>(x); }
-};
-template <>
-struct Real<double> {
-  using type = double;
-  static GMK_DEV double from(double x) { return x; }
-  static GMK_DEV double to(double x) { return x; }
-};
 
 template <class R>
 struct Row {

@@ -1,7 +1,7 @@
 // One block a sample. A quantile is found digit by digit (11 bits or less): each pass counts, in shared memory, the digits
 // of the numbers whose digits before are those already known; integers, so the order of counting does not matter. Bound:
 // memory (mostly L2), three passes for float32 and six for float64, and one more where the quantile lies between two numbers.
-#include "cuda/prims.cuh"
+#include "cuda/real.cuh"
 #include "diffusion/diffusion.h"
 #include "diffusion/statistics.h"
 
@@ -10,18 +10,6 @@ namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 
-template <class T>
-struct Real {
-  using type = float;
-  using key = uint32_t;
-  static GMK_DEV float from(T x) { return to_float(x); }
-};
-template <>
-struct Real<double> {
-  using type = double;
-  using key = uint64_t;
-  static GMK_DEV double from(double x) { return x; }
-};
 GMK_DEV uint32_t bits_of(float x) { return float_bits(x); }
 GMK_DEV uint64_t bits_of(double x) {
   uint64_t bits;
@@ -69,7 +57,7 @@ struct Magnitude {
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) quantile_kernel(StepStatistics s) {
   using R = typename Real<T>::type;
-  using Key = typename Real<T>::key;
+  using Key = decltype(bits_of(R()));
   GMK_DYN_SHARED(memory);
   unsigned long long* const counts = reinterpret_cast<unsigned long long*>(memory);
   GMK_SHARED(found, Key[2]);      // the digits known so far; the least number above

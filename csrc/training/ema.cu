@@ -1,6 +1,6 @@
 // Pairs go to the kernel as its argument, so no table is written to device memory and a launch may be captured in a graph.
 // One block makes kBlockElements of one pair. Bound: memory, two reads and one write of each element.
-#include "cuda/prims.cuh"
+#include "cuda/real.cuh"
 #include "training/ema.h"
 
 namespace gmk {
@@ -15,19 +15,6 @@ struct EmaLaunch {
   int64_t end[kPairs];  // blocks of the pairs up to and with this one
   double decay;
   int count;
-};
-
-template <class T>
-struct Real {
-  using type = float;
-  static GMK_DEV float from(T x) { return to_float(x); }
-  static GMK_DEV T to(float x) { return from_float<T>(x); }
-};
-template <>
-struct Real<double> {
-  using type = double;
-  static GMK_DEV double from(double x) { return x; }
-  static GMK_DEV double to(double x) { return x; }
 };
 
 template <class E, class P>

@@ -1,24 +1,12 @@
 // One thread makes a group of 16 bytes of each tensor (4 elements at least: one Philox block). Bound: memory, streams *
 // numel * sizeof(T), with some 85 operations an element for a normal number beside it. A seed starts at its own block 0 and a
 // sum has its parts and its order from the sizes alone: nothing depends on the grid.
-#include "cuda/prims.cuh"
+#include "cuda/real.cuh"
 #include "training/noising.h"
 
 namespace gmk {
 namespace {
 
-template <class T>
-struct Real {
-  using type = float;
-  static GMK_DEV float from(T x) { return to_float(x); }
-  static GMK_DEV T to(float x) { return from_float<T>(x); }
-};
-template <>
-struct Real<double> {
-  using type = double;
-  static GMK_DEV double from(double x) { return x; }
-  static GMK_DEV double to(double x) { return x; }
-};
 template <class T>
 constexpr int kGroup = sizeof(T) == 2 ? 8 : 4;
 
