@@ -46,7 +46,7 @@ def _gated(z, gate):
 def _forms(kernel, mask_type, gate, device):
     """The ways to write it in torch: name -> function of x, weight, bias."""
     centre = kernel // 2
-    mask = reference.masked_conv.raster_mask(kernel, kernel, mask_type, device)
+    mask = reference.masked_conv.mask(kernel, kernel, mask_type, device=device)
     left = centre + (mask_type == "B")
 
     def masked(x, w, b):
@@ -106,7 +106,7 @@ def _case(name, c_in, c_out, kernel, mask_type, gate, goals, nhwc, device, backw
     if "torch.compile" not in rivals:
         rivals["torch.compile"] = "not in --quick"
     again = "; backward computes the convolution again for the gate" if gate and backward else ""
-    taps = len(reference.masked_conv.raster_taps(kernel, kernel, mask_type))
+    taps = len(reference.masked_conv.taps(kernel, kernel, mask_type))
     pixels = _BATCH * _SIDE * _SIDE
     moved = sum(t.numel() for t in tensors) * (2 if backward else 1) + out.numel()
     return Case(

@@ -39,7 +39,7 @@ def check_sum(got, want, size):
 def check_convolution(x, weight, bias, taps, dilation=(1, 1)):
     """Forward and the three gradients without a gate, each against its sum in float64."""
     x, weight, bias = (t.detach().requires_grad_() for t in (x, weight, bias))
-    out = torch.ops.gmkernels.masked_conv2d(x, weight, bias, taps, dilation, False)
+    out = torch.ops.gmkernels.masked_conv2d(x, weight, bias, None, None, taps, dilation, None)
     assert out.dtype is x.dtype
     grad = cases.data(*out.shape, dtype=x.dtype, device=x.device, seed=4)
     got = (out, *torch.autograd.grad(out, (x, weight, bias), grad.to(memory_format=torch.preserve_format)))
@@ -47,7 +47,7 @@ def check_convolution(x, weight, bias, taps, dilation=(1, 1)):
     for f in (torch.Tensor.double, lambda t: t.double().abs()):
         xd, wd, bd, gd = (f(t.detach()) for t in (x, weight, bias, grad))
         results.append((
-            RASTER.masked_conv2d(xd, wd, bd, taps, dilation, False),
+            RASTER.masked_conv2d(xd, wd, bd, None, None, taps, dilation, None),
             RASTER.masked_conv2d_backward_input(gd, wd, taps, dilation),
             *RASTER.masked_conv2d_backward_weight(gd, xd, *weight.shape[2:], taps, dilation),
         ))
@@ -76,7 +76,7 @@ EDGES = [
 def test_edges_of_the_tiles(device, edge, dtype, nhwc):
     *sizes, kernel = edge
     x, weight, bias = problem(*sizes, kernel, dtype=dtype, device=device.torch, nhwc=nhwc)
-    check_convolution(x, weight, bias, RASTER.raster_taps(*kernel, "B"))
+    check_convolution(x, weight, bias, RASTER.taps(*kernel, "B"))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FLOAT], ids=str)
@@ -98,7 +98,7 @@ def test_gate(device, dtype, nhwc):
     x, weight, bias = problem(1, 16, channels, 3, 8, 3, dtype=dtype, device=device.torch, nhwc=nhwc, grad=True)
     out = ops.masked_conv2d(x, weight, bias, gate=GATE, dilation=(2, 1))
     tensors = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
-    want = RASTER.masked_conv2d(*tensors, RASTER.raster_taps(3, 3, "B"), (2, 1), True)
+    want = RASTER.masked_conv2d(*tensors, None, None, RASTER.taps(3, 3, "B"), (2, 1), GATE)
     grad = cases.data(*out.shape, dtype=dtype, device=device.torch, seed=4)
     got = (out, *torch.autograd.grad(out, (x, weight, bias), grad))
     wanted = (want, *torch.autograd.grad(want, tensors, grad.double()))
@@ -113,7 +113,7 @@ def test_without_tensor_cores(device, dtype):
     with cases.old_gpu(device):
         for nhwc in (False, True):
             x, weight, bias = problem(1, 16, 34, 3, 7, 3, dtype=dtype, nhwc=nhwc)
-            check_convolution(x, weight, bias, RASTER.raster_taps(3, 3, "B"))
+            check_convolution(x, weight, bias, RASTER.taps(3, 3, "B"))
 
 
 def test_float32_is_no_tf32(device):
@@ -147,9 +147,9 @@ def test_a_bad_pixel_as_in_a_plain_convolution(device, dtype, bad, nhwc):
     """The sign of an infinity too, and nothing else in its tile: not its neighbours, not the zeros past the ends."""
     x, weight, bias = problem(1, 8, 6, 3, 5, (3, 3), dtype=dtype, device=device.torch, nhwc=nhwc)
     x[0, 5, 1, 2] = bad
-    taps = RASTER.raster_taps(3, 3, "B")
+    taps = RASTER.taps(3, 3, "B")
     out = ops.masked_conv2d(x, weight, bias)
-    want = RASTER.masked_conv2d(x.double(), weight.double(), bias.double(), taps, (1, 1), False)
+    want = RASTER.masked_conv2d(x.double(), weight.double(), bias.double(), None, None, taps, (1, 1), None)
     finite = want.isfinite()
     assert 0 < finite.sum() < finite.numel()
     assert torch.equal(out.double()[~finite].nan_to_num(), want[~finite].nan_to_num())
@@ -208,7 +208,7 @@ def test_offset_storage_and_mixed_formats(device):
     x = x.detach().requires_grad_()
     _, weight, bias = problem(1, 16, 72, 5, 8, 3, device=device.torch, grad=True)
     out = ops.masked_conv2d(x, weight, bias, gate=GATE)
-    want = RASTER.masked_conv2d(x.double(), weight.double(), bias.double(), RASTER.raster_taps(3, 3, "B"), (1, 1), True)
+    want = RASTER.masked_conv2d(x.double(), weight.double(), bias.double(), None, None, RASTER.taps(3, 3, "B"), (1, 1), GATE)
     cases.close(out, want, rtol=1e-6, atol=1e-6)
     grad = cases.data(*out.shape, dtype=FLOAT, device=device.torch, seed=4).contiguous()
     for g, r in zip(torch.autograd.grad(out, (x, weight, bias), grad),

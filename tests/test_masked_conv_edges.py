@@ -26,8 +26,8 @@ def test_a_chunk_that_is_not_full_reads_no_other_weight(device):
     """One input channel and one live tap: all other k of the chunk are zeros, whatever the dead taps hold."""
     x, weight, bias = problem(1, 1, 3, 2, 3, 3, device=device.torch)
     weight[:, :, 0, 0] = math.nan
-    want = RASTER.masked_conv2d(x.double(), weight.double(), bias.double(), [4], (1, 1), False)
-    near(torch.ops.gmkernels.masked_conv2d(x, weight, bias, [4], (1, 1), False), want)
+    want = RASTER.masked_conv2d(x.double(), weight.double(), bias.double(), None, None, [4], (1, 1), None)
+    near(torch.ops.gmkernels.masked_conv2d(x, weight, bias, None, None, [4], (1, 1), None), want)
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
@@ -45,7 +45,7 @@ def test_output_that_is_not_aligned(device, dtype, offset):
 def test_as_many_taps_as_a_kernel_takes(device):
     """512 live taps: half of a kernel of 31 x 33 and the centre."""
     x, weight, bias = problem(1, 1, 1, 16, 17, (31, 33), dtype=BF16 if device.simt else FLOAT, device=device.torch)
-    assert len(RASTER.raster_taps(31, 33, "B")) == 512
+    assert len(RASTER.taps(31, 33, "B")) == 512
     compare(x, weight, bias, backward=False)
 
 
@@ -93,4 +93,4 @@ def test_smallest_workspace_in_the_emulator():
     with pytest.raises(RuntimeError, match="the workspace is too small"):
         run(size - 1)
     run(size)
-    near(out, RASTER.masked_conv2d(x.double(), weight.double(), bias.double(), [0, 1], (1, 1), False))
+    near(out, RASTER.masked_conv2d(x.double(), weight.double(), bias.double(), None, None, [0, 1], (1, 1), None))

@@ -97,6 +97,63 @@ void transpose(const T* src, int64_t src_stride, int64_t rows, int64_t cols, T* 
     for (int64_t i = j < full_cols ? full_rows : 0; i < rows; ++i) dst[j * dst_stride + i] = src[i * src_stride + j];
 }
 
+// What is stored as S is computed with as T: S itself, or float where S is a half type.
+template <class T, class S>
+constexpr bool kSame = false;
+template <class T>
+constexpr bool kSame<T, T> = true;
+template <class T, class S>
+GMK_INLINE void widen(const S* src, int64_t count, T* dst) {
+  if constexpr (kSame<T, S>) {
+    memcpy(dst, src, size_t(count) * sizeof(T));
+  } else {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(dst + i, load_float(src + i));
+    for (; i < count; ++i) dst[i] = to_float(src[i]);
+  }
+}
+template <class T, class S>
+GMK_INLINE void narrow(const T* src, int64_t count, S* dst) {
+  if constexpr (kSame<T, S>) {
+    memcpy(dst, src, size_t(count) * sizeof(T));
+  } else {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store_float(dst + i, load(src + i));
+    for (; i < count; ++i) dst[i] = from_float<S>(src[i]);
+  }
+}
+
+// transpose(), from S to T and from T to S, a block at a time by way of the stack.
+constexpr int kBlockRows = 16, kBlockCols = 64;
+template <class T, class S>
+void transpose_in(const S* src, int64_t src_stride, int64_t rows, int64_t cols, T* dst, int64_t dst_stride) {
+  if constexpr (kSame<T, S>) {
+    transpose(src, src_stride, rows, cols, dst, dst_stride);
+  } else {
+    T block[kBlockRows * kBlockCols];
+    for (int64_t j = 0; j < cols; j += kBlockCols)
+      for (int64_t i = 0; i < rows; i += kBlockRows) {
+        const int64_t down = least(kBlockRows, rows - i), across = least(kBlockCols, cols - j);
+        for (int64_t k = 0; k < down; ++k) widen(src + (i + k) * src_stride + j, across, block + k * kBlockCols);
+        transpose(block, kBlockCols, down, across, dst + j * dst_stride + i, dst_stride);
+      }
+  }
+}
+template <class T, class S>
+void transpose_out(const T* src, int64_t src_stride, int64_t rows, int64_t cols, S* dst, int64_t dst_stride) {
+  if constexpr (kSame<T, S>) {
+    transpose(src, src_stride, rows, cols, dst, dst_stride);
+  } else {
+    T block[kBlockRows * kBlockCols];
+    for (int64_t i = 0; i < rows; i += kBlockCols)
+      for (int64_t j = 0; j < cols; j += kBlockRows) {
+        const int64_t down = least(kBlockCols, rows - i), across = least(kBlockRows, cols - j);
+        transpose(src + i * src_stride + j, src_stride, down, across, block, kBlockCols);
+        for (int64_t k = 0; k < across; ++k) narrow(block + k * kBlockCols, down, dst + (j + k) * dst_stride + i);
+      }
+  }
+}
+
 struct Run {
   int64_t offset;  // in band scratch, from the slot of a pixel to the first value that the run multiplies
   int64_t length;  // values: adjacent taps * channels
@@ -164,8 +221,8 @@ GMK_INLINE Band band_of(const Bands& s, int64_t job) {
   return Band{job / s.per_image(), y, x, least(s.rows, s.h - y), least(s.cols, s.w - x)};
 }
 
-template <class T>
-void pack_band(const Bands& s, const Band& band, const T* x, bool nhwc, T* scratch) {
+template <class T, class S>
+void pack_band(const Bands& s, const Band& band, const S* x, bool nhwc, T* scratch) {
   const int64_t c = s.channels, first = band.x + s.left, end = first + band.cols + s.halo_x;
   const int64_t from = least(most(first, 0), s.w), to = most(from, least(end, s.w));
   for (int64_t r = 0; r < band.rows + s.halo_y; ++r) {
@@ -178,40 +235,47 @@ void pack_band(const Bands& s, const Band& band, const T* x, bool nhwc, T* scrat
     memset(row, 0, size_t((from - first) * c) * sizeof(T));
     T* const inside = row + (from - first) * c;
     if (nhwc) {
-      memcpy(inside, x + ((band.image * s.h + y) * s.w + from) * c, size_t((to - from) * c) * sizeof(T));
+      widen(x + ((band.image * s.h + y) * s.w + from) * c, (to - from) * c, inside);
     } else {
-      transpose(x + (band.image * c * s.h + y) * s.w + from, s.h * s.w, c, to - from, inside, c);
+      transpose_in(x + (band.image * c * s.h + y) * s.w + from, s.h * s.w, c, to - from, inside, c);
     }
     memset(row + (to - first) * c, 0, size_t((end - to) * c) * sizeof(T));
   }
 }
 
-// The panel buffer holds [pixel][width]: `count` channels of a band, from `channel` on, out of a tensor with `channels`.
-template <class T>
-void load_panel(const Bands& s, const Band& band, const T* x, bool nhwc, int64_t channels, int64_t channel,
+// The panel buffer holds [pixel][width]: `count` channels of a band, from `channel` on, of a tensor with `channels`.
+template <class T, class S>
+void load_panel(const Bands& s, const Band& band, const S* x, bool nhwc, int64_t channels, int64_t channel,
                 int64_t count, T* panel, int64_t width) {
   const bool whole = band.cols == s.w;
   const int64_t segments = whole ? 1 : band.rows, length = whole ? band.pixels() : band.cols;
   for (int64_t r = 0; r < segments; ++r, panel += length * width) {
     const int64_t y = band.y + r;
     if (nhwc) {
-      const T* src = x + ((band.image * s.h + y) * s.w + band.x) * channels + channel;
-      for (int64_t p = 0; p < length; ++p) memcpy(panel + p * width, src + p * channels, size_t(count) * sizeof(T));
+      const S* src = x + ((band.image * s.h + y) * s.w + band.x) * channels + channel;
+      for (int64_t p = 0; p < length; ++p) widen(src + p * channels, count, panel + p * width);
     } else {
-      transpose(x + ((band.image * channels + channel) * s.h + y) * s.w + band.x, s.h * s.w, count, length, panel,
-                width);
+      transpose_in(x + ((band.image * channels + channel) * s.h + y) * s.w + band.x, s.h * s.w, count, length, panel,
+                   width);
     }
   }
 }
-// The way back, to NCHW.
-template <class T>
-void store_panel(const Bands& s, const Band& band, const T* panel, int64_t width, T* out, int64_t channels,
+// The way back.
+template <class T, class S>
+void store_panel(const Bands& s, const Band& band, const T* panel, int64_t width, S* out, bool nhwc, int64_t channels,
                  int64_t channel, int64_t count) {
   const bool whole = band.cols == s.w;
   const int64_t segments = whole ? 1 : band.rows, length = whole ? band.pixels() : band.cols;
-  for (int64_t r = 0; r < segments; ++r, panel += length * width)
-    transpose(panel, width, length, count, out + ((band.image * channels + channel) * s.h + band.y + r) * s.w + band.x,
-              s.h * s.w);
+  for (int64_t r = 0; r < segments; ++r, panel += length * width) {
+    const int64_t y = band.y + r;
+    if (!nhwc) {
+      transpose_out(panel, width, length, count, out + ((band.image * channels + channel) * s.h + y) * s.w + band.x,
+                    s.h * s.w);
+    } else {
+      S* const to = out + ((band.image * s.h + y) * s.w + band.x) * channels + channel;
+      for (int64_t p = 0; p < length; ++p) narrow(panel + p * width, count, to + p * channels);
+    }
+  }
 }
 
 }  // namespace

@@ -31,9 +31,10 @@ static Taps taps_of(const Ints& index, const Ints& kernel, bool negated) {
   return t;
 }
 
-static MaskedConv masked_conv2d(Address out, Address workspace, Address x, Address weight, Address bias, Address grad,
-                                const Ints& size, const Ints& taps, const Ints& kernel, bool transposed,
-                                const Ints& nhwc, int gate, int dtype, std::int64_t workspace_size) {
+static MaskedConv masked_conv2d(Address out, Address workspace, Address x, Address weight, Address bias, Address cond,
+                                Address residual, Address grad, const Ints& size, const Ints& taps, const Ints& kernel,
+                                bool transposed, const Ints& nhwc, int gate, bool identity, bool cond_map, int dtype,
+                                std::int64_t workspace_size) {
   MaskedConv a{};
   a.b = size.at(0);
   a.c_in = size.at(1);
@@ -51,10 +52,16 @@ static MaskedConv masked_conv2d(Address out, Address workspace, Address x, Addre
   a.x = pointer(x, pixels * a.c_in, "x");
   a.weight = pointer(weight, a.c_in * a.c_out * area, "weight");
   a.bias = optional_pointer(bias);
+  a.cond = optional_pointer(cond);
+  a.residual = optional_pointer(residual);
   a.grad = pointer(grad, gate == kGateGradient ? pixels * gated : 0, "grad");
   a.out_nhwc = nhwc.at(0);
   a.x_nhwc = nhwc.at(1);
   a.grad_nhwc = nhwc.at(2);
+  a.cond_nhwc = nhwc.at(3);
+  a.residual_nhwc = nhwc.at(4);
+  a.cond_map = cond_map;
+  a.identity = identity;
   a.gate = gate;
   a.dtype = dtype;
   return a;

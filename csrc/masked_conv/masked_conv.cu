@@ -242,6 +242,19 @@ GMK_DEV void store(T* out, const Target& o, int64_t pixel, int64_t channel, int6
   }
 }
 
+// An element of what is read beside the image: [b, channels, h, w], or [b, channels].
+template <class T>
+struct Beside {
+  const void* data;
+  int64_t channels, area;
+  bool map, nhwc;
+
+  GMK_DEV Sum<T> operator()(int64_t p, int64_t channel) const {
+    const Target all{channels, map ? area : 1, 0, 0, false};
+    return to_sum(static_cast<const T*>(data)[all.at(map && nhwc, map ? p : p / area, channel)]);
+  }
+};
+
 template <class T, bool nhwc>
 GMK_DEV void finish(const MaskedConv& a, const Sum<T>* staged, int threads, int64_t pixels, int64_t first_pixel,
                     int64_t group) {
@@ -252,7 +265,6 @@ GMK_DEV void finish(const MaskedConv& a, const Sum<T>* staged, int threads, int6
   const int64_t second = plain ? first_channel<T>(false, group + 1, lane_t()) : gated + first;
   const int64_t end = plain ? a.c_out : gated;
   const T* const bias = static_cast<const T*>(a.bias);
-  const T* const grad = static_cast<const T*>(a.grad);
   const bool even = nhwc ? (plain ? a.c_out : gated) % V == 0 : area % kLines<T> == 0;
   const Target out{a.gate == kGate ? gated : a.c_out, area, pixels, first_pixel, even && aligned(a.out, sizeof(T) * N)};
 #pragma unroll 1
@@ -262,19 +274,30 @@ GMK_DEV void finish(const MaskedConv& a, const Sum<T>* staged, int threads, int6
 #pragma unroll
     for (int e = 0; e < N; ++e) {
       const int j = nhwc ? line : e, v = nhwc ? e : line;
-      const int64_t c = first + v, d = second + v;
-      z[e] = staged[(j * (2 * V) + v) * threads] + (bias && c < end ? to_sum(bias[c]) : Sum<T>(0));
-      other[e] = staged[(j * (2 * V) + V + v) * threads] + (bias && d < a.c_out ? to_sum(bias[d]) : Sum<T>(0));
-      if (plain) continue;
-      const Sum<T> one(1), tanh_z = tanh(z[e]), sigmoid_z = one / (one + exp(-other[e]));
-      z[e] = tanh_z * sigmoid_z;
+      const int64_t c = first + v, d = second + v, p = nhwc ? pixel : pixel + e;
+      const bool has_c = c < end, has_d = d < a.c_out, has_p = p < pixels;
+      z[e] = staged[(j * (2 * V) + v) * threads] + (bias && has_c ? to_sum(bias[c]) : Sum<T>(0));
+      other[e] = staged[(j * (2 * V) + V + v) * threads] + (bias && has_d ? to_sum(bias[d]) : Sum<T>(0));
+      if (a.cond && has_p) {
+        const Beside<T> cond{a.cond, a.c_out, area, a.cond_map, a.cond_nhwc};
+        if (has_c) z[e] += cond(p, c);
+        if (has_d) other[e] += cond(p, d);
+      }
+      const Beside<T> residual{a.residual, out.channels, area, true, a.residual_nhwc};
+      const bool has_residual = a.residual && has_p && a.gate != kGateGradient;
+      if (plain) {
+        if (has_residual && has_c) z[e] += residual(p, c);
+        if (has_residual && has_d) other[e] += residual(p, d);
+        continue;
+      }
+      const Sum<T> one(1), f = a.identity ? z[e] : tanh(z[e]), sigmoid_z = one / (one + exp(-other[e]));
+      z[e] = f * sigmoid_z;
+      if (has_residual && has_c) z[e] += residual(p, c);
       if (a.gate == kGate) continue;
-      const int64_t p = nhwc ? pixel : pixel + e;
-      Sum<T> g(0);
-      if (c < end && p < pixels)
-        g = to_sum(grad[Target{gated, area, pixels, first_pixel, false}.at(a.grad_nhwc, p, c)]);
-      z[e] = g * sigmoid_z * ((one - tanh_z) * (one + tanh_z));
-      other[e] = g * tanh_z * (sigmoid_z * (one - sigmoid_z));
+      const Beside<T> grad{a.grad, gated, area, true, a.grad_nhwc};
+      const Sum<T> g = has_c && has_p ? grad(p, c) : Sum<T>(0);
+      z[e] = a.identity ? g * sigmoid_z : g * sigmoid_z * ((one - f) * (one + f));
+      other[e] = g * f * (sigmoid_z * (one - sigmoid_z));
     }
     store<T, N, nhwc>(static_cast<T*>(a.out), out, pixel, first + step, end, z);
     if (a.gate != kGate) store<T, N, nhwc>(static_cast<T*>(a.out), out, pixel, second + step, a.c_out, other);

@@ -1,10 +1,11 @@
 // Convolution over a list of live taps, "same" padding, stride 1:
 //   z[b, o, p] = bias[o] + sum over live taps t, i of weight[o, i, t] x[b, i, p + offset(t)],   x = 0 outside the image
 //   offset(t) = ((t / kw - kh / 2) dh, (t % kw - kw / 2) dw)
-// A tap that is not in the list is never read and never multiplied. What leaves the kernel:
-//   kPlain         out[b, o, p] = z                                                  c_out channels
-//   kGate          out[b, o, p] = tanh(z[o]) sigmoid(z[o + c_out / 2])               c_out / 2 channels
-//   kGateGradient  out = d(kGate)/dz * grad, z computed again                        c_out channels
+// and cond[b, o] or cond[b, o, p] added where there is one. A tap that is not in the list is never read and never multiplied.
+// What leaves the kernel, f being tanh, or the identity:
+//   kPlain         out[b, o, p] = z + residual[b, o, p]                                        c_out channels
+//   kGate          out[b, o, p] = f(z[o]) sigmoid(z[o + c_out / 2]) + residual[b, o, p]        c_out / 2 channels
+//   kGateGradient  out = d(kGate)/dz * grad, z computed again                                  c_out channels
 // The gradient for x is the same convolution of grad with offsets negated and the channels of weight exchanged; the gradient
 // for weight is weight[o, i, t] = sum over b, p of grad[b, o, p] x[b, i, p + offset(t)], 0 for every other tap.
 #pragma once
@@ -29,16 +30,20 @@ GMK_HD int64_t tap_dx(const Taps& t, int i) { return int64_t(t.sign) * (t.index[
 // Tensors are [b, c, h, w]; nhwc says that one is stored as [b, h, w, c].
 struct MaskedConv {
   void* out;
-  void* workspace;     // CUDA: weight in the order of its tiles (ops/masked_conv.py says how large); else nullptr
-  const void* x;       // c_in channels
-  const void* weight;  // element (o, i, t) at o * weight_out + i * weight_in + t
-  const void* bias;    // [c_out], or nullptr
-  const void* grad;    // kGateGradient: c_out / 2 channels
+  void* workspace;       // CUDA: weight in the order of its tiles (ops/masked_conv.py says how large); else nullptr
+  const void* x;         // c_in channels
+  const void* weight;    // element (o, i, t) at o * weight_out + i * weight_in + t
+  const void* bias;      // [c_out], or nullptr
+  const void* cond;      // [b, c_out], or where cond_map [b, c_out, h, w], or nullptr
+  const void* residual;  // as out, or nullptr; not for kGateGradient
+  const void* grad;      // kGateGradient: c_out / 2 channels
   int64_t b, c_in, c_out, h, w;
   int64_t weight_out, weight_in;
-  bool x_nhwc, out_nhwc, grad_nhwc;
-  int gate;   // ConvGate
-  int dtype;  // of every tensor: kFloat32 or kFloat64; CUDA: kBFloat16 and kFloat16 too
+  bool x_nhwc, out_nhwc, grad_nhwc, cond_nhwc, residual_nhwc;
+  bool cond_map;
+  bool identity;  // f
+  int gate;       // ConvGate
+  int dtype;      // of every tensor; the half types are storage, sums are float32
   int64_t workspace_size;
   Taps taps;
 };

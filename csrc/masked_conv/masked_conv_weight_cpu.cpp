@@ -47,7 +47,7 @@ __attribute__((noinline)) void band_products(const Bands& s, const Band& band, c
 }
 
 // partial: [taps * c_in + 1][pitch] of one group, this panel's columns; the last row is the bias.
-template <class T>
+template <class T, class S>
 void one_group(const MaskedConvWeight& a, const Bands& s, int64_t first, int64_t last, int64_t channel, T* scratch,
                T* panel, T* partial, int64_t pitch) {
   constexpr int n = simd<T>::n;
@@ -58,8 +58,8 @@ void one_group(const MaskedConvWeight& a, const Bands& s, int64_t first, int64_t
   if (count < width) memset(panel, 0, size_t(s.pixels() * width) * sizeof(T));
   for (int64_t job = first; job < last; ++job) {
     const Band band = band_of(s, job);
-    pack_band(s, band, static_cast<const T*>(a.x), a.x_nhwc, scratch);
-    load_panel(s, band, static_cast<const T*>(a.grad), a.grad_nhwc, a.c_out, channel, count, panel, width);
+    pack_band(s, band, static_cast<const S*>(a.x), a.x_nhwc, scratch);
+    load_panel(s, band, static_cast<const S*>(a.grad), a.grad_nhwc, a.c_out, channel, count, panel, width);
     switch (vectors) {
       case 1:
         band_products<T, 1>(s, band, scratch, panel, partial, pitch);
@@ -82,12 +82,12 @@ void one_group(const MaskedConvWeight& a, const Bands& s, int64_t first, int64_t
   }
 }
 
-template <class T>
+template <class T, class S>
 Status run(const MaskedConvWeight& a, int threads) {
-  T* const weight = static_cast<T*>(a.weight);
+  S* const weight = static_cast<S*>(a.weight);
   const int64_t kernel = int64_t(a.taps.kh) * a.taps.kw, rows = a.taps.count * a.c_in;
-  if (a.c_in > 0) memset(weight, 0, size_t(a.c_out * a.c_in * kernel) * sizeof(T));  // dead taps stay so
-  if (a.bias) memset(a.bias, 0, size_t(a.c_out) * sizeof(T));
+  if (a.c_in > 0) memset(weight, 0, size_t(a.c_out * a.c_in * kernel) * sizeof(S));  // dead taps stay so
+  if (a.bias) memset(a.bias, 0, size_t(a.c_out) * sizeof(S));
   if (a.b <= 0 || a.h <= 0 || a.w <= 0) return kOk;
   const int64_t all = a.b * a.h * a.w, pitch = ceil_div(a.c_out, kWidth<T>) * kWidth<T>, panels = pitch / kWidth<T>;
   threads = team(all * (rows + 8) / 64 * pitch, threads);
@@ -106,8 +106,8 @@ Status run(const MaskedConvWeight& a, int threads) {
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < groups * panels; ++item) {
       const int64_t group = item / panels, panel = item % panels;
-      one_group(a, s, jobs * group / groups, jobs * (group + 1) / groups, panel * kWidth<T>, mine, mine + slots,
-                partial.get() + group * (rows + 1) * pitch + panel * kWidth<T>, pitch);
+      one_group<T, S>(a, s, jobs * group / groups, jobs * (group + 1) / groups, panel * kWidth<T>, mine, mine + slots,
+                      partial.get() + group * (rows + 1) * pitch + panel * kWidth<T>, pitch);
     }
 #pragma omp for schedule(static)
     for (int64_t row = 0; row <= rows; ++row) {
@@ -117,11 +117,11 @@ Status run(const MaskedConvWeight& a, int threads) {
     }
 #pragma omp for schedule(static)
     for (int64_t o = 0; o < a.c_out; ++o) {
-      T* const dst = weight + o * a.c_in * kernel;
+      S* const dst = weight + o * a.c_in * kernel;
       for (int64_t c = 0; c < a.c_in; ++c)
         for (int t = 0; t < a.taps.count; ++t)
-          dst[c * kernel + a.taps.index[t]] = partial.get()[(t * a.c_in + c) * pitch + o];
-      if (a.bias) static_cast<T*>(a.bias)[o] = partial.get()[rows * pitch + o];
+          narrow(partial.get() + (t * a.c_in + c) * pitch + o, 1, dst + c * kernel + a.taps.index[t]);
+      if (a.bias) narrow(partial.get() + rows * pitch + o, 1, static_cast<S*>(a.bias) + o);
     }
   }
   return kOk;
@@ -129,7 +129,17 @@ Status run(const MaskedConvWeight& a, int threads) {
 
 Status backward_weight(const MaskedConvWeight& a, int threads) {
   if (a.c_out <= 0) return kOk;
-  return a.dtype == kFloat32 ? run<float>(a, threads) : a.dtype == kFloat64 ? run<double>(a, threads) : "unknown dtype";
+  switch (a.dtype) {
+    case kFloat32:
+      return run<float, float>(a, threads);
+    case kFloat64:
+      return run<double, double>(a, threads);
+    case kBFloat16:
+      return run<float, bf16>(a, threads);
+    case kFloat16:
+      return run<float, f16>(a, threads);
+  }
+  return "unknown dtype";
 }
 
 }  // namespace

@@ -264,10 +264,10 @@ def _bernoulli_nll(device):
 def _masked_conv2d(device):
     x, bias = _data(device, 2, 9, 11, 13), _data(device, 16, seed=2)
     weight = _data(device, 16, 9, 3, 3, seed=1) / 6
-    taps = reference.masked_conv.raster_taps(3, 3, "B")
+    taps = reference.masked_conv.taps(3, 3, "B")
     return (
         lambda: ops.masked_conv2d(x, weight, bias, "B", gate="tanh_sigmoid"),
-        lambda: reference.masked_conv.masked_conv2d(*_in_float64(x, weight, bias), taps, (1, 1), True),
+        lambda: reference.masked_conv.masked_conv2d(*_in_float64(x, weight, bias), None, None, taps, (1, 1), "tanh_sigmoid"),
     )
 
 

@@ -19,10 +19,13 @@ from .._call import (
     check_tensor,
     is_compiling,
 )
+from .masked_conv_masks import check_mask, live_taps, ordered_weight
 
 _forward = Kernel("masked_conv2d", scratch=1)
 _weight = Kernel("masked_conv2d_backward_weight", scratch=1)
 _PLAIN, _GATE, _GATE_GRADIENT = 0, 1, 2  # csrc/masked_conv/masked_conv.h
+_DTYPES = tuple(DTYPE_CODE)
+_GATES = (None, "tanh_sigmoid", "identity_sigmoid")
 _MAX_TAPS = 512
 _ref = reference.masked_conv
 
@@ -50,13 +53,14 @@ def _like(x, channels, out=None):
     return out
 
 
-def _check(x, weight, bias, taps, gated):
+def _check(x, weight, bias, cond, residual, taps, gate):
     check_floating("x", x)
     if x.dim() != 4:
         raise ValueError(f"x must be [b, c_in, h, w], got {tuple(x.shape)}")
     if weight.dim() != 4:
         raise ValueError(f"weight must be [c_out, c_in, kh, kw], got {tuple(weight.shape)}")
     c_out, c_in, kh, kw = weight.shape
+    b, _, h, w = x.shape
     if c_in != x.shape[1]:
         expected = f"[c_out, c_in, kh, kw] with c_in={x.shape[1]} as in x"
         raise ValueError(f"weight must be {expected}, got {tuple(weight.shape)}")
@@ -64,11 +68,17 @@ def _check(x, weight, bias, taps, gated):
         raise ValueError(f"weight must have odd kernel sizes (an even kernel has no centre), got {kh} x {kw}")
     if bias is not None and tuple(bias.shape) != (c_out,):
         raise ValueError(f"bias must be [c_out] with c_out={c_out} as in weight, got {tuple(bias.shape)}")
-    if gated and c_out % 2:
-        raise ValueError(f"gate needs an even number of output channels (tanh | sigmoid), got c_out={c_out}")
+    if gate is not None and c_out % 2:
+        raise ValueError(f"gate needs an even number of output channels (two halves), got c_out={c_out}")
+    if cond is not None and tuple(cond.shape) not in ((b, c_out), (b, c_out, h, w)):
+        expected = f"[b, c_out] = {(b, c_out)} or [b, c_out, h, w] = {(b, c_out, h, w)}"
+        raise ValueError(f"cond must be {expected}, got {tuple(cond.shape)}")
+    if residual is not None and tuple(residual.shape) != (b, c_out // (2 if gate else 1), h, w):
+        expected = f"the shape of the output, {(b, c_out // (2 if gate else 1), h, w)}"
+        raise ValueError(f"residual must have {expected}, got {tuple(residual.shape)}")
     if len(taps) > _MAX_TAPS:
         raise ValueError(f"weight must have at most {_MAX_TAPS} live taps, got {len(taps)} of a {kh} x {kw} kernel")
-    check_same_dtype("x", x, weight=weight, bias=bias)
+    check_same_dtype("x", x, weight=weight, bias=bias, cond=cond, residual=residual)
 
 
 # ops -----------------------------------------------------------------------------------------------------------------
@@ -90,38 +100,51 @@ def _packed_size(c_in, c_out, taps, gate, dtype):
     return -(-columns // 64) * 64 * -(-len(taps) * c_in // group) * group * (2 if dtype is torch.float32 else 1)
 
 
-def _convolve(out, x, weight, bias, grad, taps, dilation, gate, transposed=False):
-    x, weight, grad = _dense(x), weight.contiguous(), _dense(grad)
+def _convolve(out, x, weight, bias, taps, dilation, gate=None, *, cond=None, residual=None, grad=None,
+              transposed=False):
+    """With `grad`: the gradient of the gate."""
+    x, weight, cond, residual, grad = _dense(x), weight.contiguous(), _dense(cond), _dense(residual), _dense(grad)
     bias = None if bias is None else bias.contiguous()
     c_out = weight.shape[1 if transposed else 0]
     b, c_in, h, w = x.shape
     taps = _reaching(taps, *weight.shape[2:], dilation, h, w)
-    nhwc = [_nhwc(out), _nhwc(x), grad is not None and _nhwc(grad)]
-    size = _packed_size(c_in, c_out, taps, gate, x.dtype) if _on_cuda(x) else 0
+    nhwc = [t is not None and t.dim() == 4 and _nhwc(t) for t in (out, x, grad, cond, residual)]
+    kind = _PLAIN if gate is None else _GATE if grad is None else _GATE_GRADIENT
+    size = _packed_size(c_in, c_out, taps, kind, x.dtype) if _on_cuda(x) else 0
     workspace = x.new_empty(size) if size else None
-    _forward((out, workspace), (x, weight, bias, grad), [b, c_in, c_out, h, w], taps, [*weight.shape[2:], *dilation],
-             transposed, nhwc, gate, DTYPE_CODE[x.dtype], size)
+    _forward((out, workspace), (x, weight, bias, cond, residual, grad), [b, c_in, c_out, h, w], taps,
+             [*weight.shape[2:], *dilation], transposed, nhwc, kind, gate == "identity_sigmoid",
+             cond is not None and cond.dim() == 4, DTYPE_CODE[x.dtype], size)
 
 
-def _outputs(x, weight, bias, taps, dilation, gated, out=None):
-    _check(x, weight, bias, taps, gated)
-    return _like(x, weight.shape[0] // (2 if gated else 1), out)
+def _outputs(x, weight, bias, cond, residual, taps, dilation, gate, out=None):
+    _check(x, weight, bias, cond, residual, taps, gate)
+    return _like(x, weight.shape[0] // (2 if gate else 1), out)
 
 
-def _launch(out, x, weight, bias, taps, dilation, gated):
-    _convolve(out, x, weight, bias, None, taps, dilation, _GATE if gated else _PLAIN)
+def _launch(out, x, weight, bias, cond, residual, taps, dilation, gate):
+    _convolve(out, x, weight, bias, taps, dilation, gate, cond=cond, residual=residual)
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias, ctx.taps, ctx.dilation, ctx.gated = inputs
-    ctx.save_for_backward(x, weight, bias)
+    x, weight, bias, cond, _, ctx.taps, ctx.dilation, ctx.gate = inputs
+    ctx.per_image = cond is not None and cond.dim() == 2
+    if ctx.gate is None:  # the gradients for bias and cond are those of z, whatever their values
+        bias = cond = None
+    ctx.save_for_backward(x, weight, bias, cond)
 
 
 def _backward(ctx, grad):
-    x, weight, bias = ctx.saved_tensors
-    if ctx.gated:
-        grad = _gate_op(grad, x, weight, bias, ctx.taps, ctx.dilation)
-    return (*_gradients(ctx.needs_input_grad, grad, x, weight, ctx.taps, ctx.dilation), None, None, None)
+    x, weight, bias, cond = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    residual = grad if needed[4] else None
+    dx = dw = db = None
+    if any(needed[:4]) and ctx.gate is not None:
+        grad = _gate_op(grad, x, weight, bias, cond, ctx.taps, ctx.dilation, ctx.gate)
+    if any(needed[:3]):
+        dx, dw, db = _gradients(needed, grad, x, weight, ctx.taps, ctx.dilation)
+    dcond = (grad.sum((2, 3)) if ctx.per_image else grad) if needed[3] else None
+    return dx, dw, db, dcond, residual, None, None, None
 
 
 def _gradients(needed, grad, x, weight, taps, dilation):
@@ -134,12 +157,13 @@ def _gradients(needed, grad, x, weight, taps, dilation):
 
 
 _op = Op(
-    "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, int[] taps, int[] dilation, bool gated) -> Tensor",
+    "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? cond, Tensor? residual, int[] taps, int[] dilation,"
+    " str? gate) -> Tensor",
     outputs=_outputs,
     launch=_launch,
     reference=_ref.masked_conv2d,
     kernel=_forward,
-    cuda_dtypes=HALVES,
+    dtypes=_DTYPES,
     setup=_setup,
     backward=_backward,
 )
@@ -152,7 +176,7 @@ def _input_setup(ctx, inputs, output):
 
 def _input_backward(ctx, gg):
     grad, weight = ctx.saved_tensors
-    dgrad = _op(gg, weight, None, ctx.taps, ctx.dilation, False) if ctx.needs_input_grad[0] else None
+    dgrad = _op(gg, weight, None, None, None, ctx.taps, ctx.dilation, None) if ctx.needs_input_grad[0] else None
     dweight = None
     if ctx.needs_input_grad[1]:
         dweight, _ = _weight_op(grad, gg, *weight.shape[2:], ctx.taps, ctx.dilation)
@@ -163,10 +187,10 @@ _input_op = Op(
     "masked_conv2d_backward_input(Tensor grad, Tensor weight, int[] taps, int[] dilation) -> Tensor",
     outputs=lambda grad, weight, taps, dilation, out=None: _like(grad, weight.shape[1], out),
     launch=lambda out, grad, weight, taps, dilation: _convolve(
-        out, grad, weight, None, None, taps, dilation, _PLAIN, transposed=True),
+        out, grad, weight, None, taps, dilation, transposed=True),
     reference=_ref.masked_conv2d_backward_input,
     kernel=_forward,
-    cuda_dtypes=HALVES,
+    dtypes=_DTYPES,
     setup=_input_setup,
     backward=_input_backward,
 )
@@ -197,7 +221,7 @@ def _weight_setup(ctx, inputs, output):
 
 def _weight_backward(ctx, ggw, ggb):
     grad, x = ctx.saved_tensors
-    dgrad = _op(x, ggw, ggb, ctx.taps, ctx.dilation, False) if ctx.needs_input_grad[0] else None
+    dgrad = _op(x, ggw, ggb, None, None, ctx.taps, ctx.dilation, None) if ctx.needs_input_grad[0] else None
     dx = _input_op(grad, ggw, ctx.taps, ctx.dilation) if ctx.needs_input_grad[1] else None
     return dgrad, dx, None, None, None, None
 
@@ -209,37 +233,47 @@ _weight_op = Op(
     launch=_weight_launch,
     reference=_ref.masked_conv2d_backward_weight,
     kernel=_weight,
-    cuda_dtypes=HALVES,
+    dtypes=_DTYPES,
     setup=_weight_setup,
     backward=_weight_backward,
 )
 
 
 def _gate_setup(ctx, inputs, output):
-    grad, x, weight, bias, ctx.taps, ctx.dilation = inputs
-    ctx.save_for_backward(grad, x, weight, bias)
+    grad, x, weight, bias, cond, ctx.taps, ctx.dilation, ctx.gate = inputs
+    ctx.save_for_backward(grad, x, weight, bias, cond)
 
 
 def _gate_backward(ctx, gg):
-    grad, x, weight, bias = ctx.saved_tensors
-    a, b = _op(x, weight, bias, ctx.taps, ctx.dilation, False).chunk(2, 1)
+    grad, x, weight, bias, cond = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    a, b = _op(x, weight, bias, cond, None, ctx.taps, ctx.dilation, None).chunk(2, 1)
     ga, gb = gg.chunk(2, 1)
-    t, s = torch.tanh(a), torch.sigmoid(b)
-    dt, ds = 1 - t * t, s * (1 - s)
-    dgrad = ga * dt * s + gb * t * ds
-    dz = torch.cat((grad * (gb * dt * ds - 2 * ga * t * dt * s), grad * (ga * dt * ds + gb * t * ds * (1 - 2 * s))), 1)
-    return (dgrad, *_gradients(ctx.needs_input_grad[1:], dz, x, weight, ctx.taps, ctx.dilation), None, None)
+    s = torch.sigmoid(b)
+    ds, dds = s * (1 - s), s * (1 - s) * (1 - 2 * s)
+    if ctx.gate == "tanh_sigmoid":
+        f = torch.tanh(a)
+        df = 1 - f * f
+        mixed = gb * df * ds
+        dz = torch.cat((grad * (mixed - 2 * ga * f * df * s), grad * (ga * df * ds + gb * f * dds)), 1)
+    else:
+        f, df = a, 1
+        dz = torch.cat((grad * gb * ds, grad * (ga * ds + gb * a * dds)), 1)
+    dgrad = ga * df * s + gb * f * ds
+    dcond = (dz if cond.dim() == 4 else dz.sum((2, 3))) if needed[4] else None
+    gradients = _gradients(needed[1:], dz, x, weight, ctx.taps, ctx.dilation)
+    return (dgrad, *gradients, dcond, None, None, None)
 
 
 _gate_op = Op(
-    "masked_conv2d_gate_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, int[] taps, int[] dilation)"
-    " -> Tensor",
-    outputs=lambda grad, x, weight, bias, taps, dilation, out=None: _like(x, weight.shape[0], out),
-    launch=lambda out, grad, x, weight, bias, taps, dilation: _convolve(
-        out, x, weight, bias, grad, taps, dilation, _GATE_GRADIENT),
+    "masked_conv2d_gate_backward(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? cond, int[] taps,"
+    " int[] dilation, str gate) -> Tensor",
+    outputs=lambda grad, x, weight, bias, cond, taps, dilation, gate, out=None: _like(x, weight.shape[0], out),
+    launch=lambda out, grad, x, weight, bias, cond, taps, dilation, gate: _convolve(
+        out, x, weight, bias, taps, dilation, gate, cond=cond, grad=grad),
     reference=_ref.masked_conv2d_gate_backward,
     kernel=_forward,
-    cuda_dtypes=HALVES,
+    dtypes=_DTYPES,
     setup=_gate_setup,
     backward=_gate_backward,
 )
@@ -254,22 +288,6 @@ def _no_autocast(x):
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
-
-
-def _halves(x, weight, bias, mask_type, dilation, gated):
-    """torch's convolutions of the two rectangles that a raster mask leaves: the rows above, the centre row's left."""
-    kh, kw = weight.shape[2:]
-    (dy, dx), (cy, cx) = dilation, (kh // 2, kw // 2)
-    left, h, w = cx + (mask_type == "B"), *x.shape[2:]
-    parts = []
-    if cy:
-        above = F.pad(x, (cx * dx, cx * dx, cy * dy, 0))[:, :, : h + (cy - 1) * dy]
-        parts.append(F.conv2d(above, weight[:, :, :cy], bias, dilation=dilation))
-    if left:
-        row = F.pad(x, (cx * dx, 0))[..., : w + (left - 1) * dx]
-        parts.append(F.conv2d(row, weight[:, :, cy : cy + 1, :left], None if cy else bias, dilation=dilation))
-    z = parts[0] + parts[1] if len(parts) > 1 else parts[0]
-    return _ref.tanh_sigmoid(z) if gated else z
 
 
 def _pointwise(x, weight, bias):
@@ -287,65 +305,80 @@ def _pointwise(x, weight, bias):
         return None
 
 
-def masked_conv2d(x, weight, bias=None, mask_type="B", *, gate=None, dilation=1, out=None):
-    r"""Convolution in which an output pixel sees only pixels before it in raster order ("same" padding, stride 1).
+def masked_conv2d(x, weight, bias=None, mask_type="B", *, mask_order="raster", data_channels=1, gate=None, cond=None,
+                  residual=None, dilation=1, out=None):
+    r"""Convolution in which an output pixel sees only pixels before it in some order ("same" padding, stride 1).
 
-    ``z[b, o, p] = bias[o] + sum_{t, i} weight[o, i, t] x[b, i, p + offset(t)]`` over the live taps ``t``: the rows
-    above the centre and, in its row, those left of it; ``mask_type="B"`` adds the centre itself. Pixels outside
-    the image are zero. Other taps are skipped: their values, NaN included, are never read, their gradients are exactly
-    zero, and ``weight`` is never changed. With ``gate="tanh_sigmoid"`` the output is
-    ``tanh(z[:, :c_out / 2]) * sigmoid(z[:, c_out / 2:])``, computed before ``z`` leaves the registers.
+    ``z[b, o, p] = bias[o] + cond[b, o, p] + sum_{t, i} weight[o, i, t] x[b, i, p + offset(t)]`` over the live taps
+    ``t``. Pixels outside the image are zero. Other taps are skipped: their values, NaN included, are never read, their
+    gradients are exactly zero, and ``weight`` is never changed. The output is ``z``, or with a gate, computed before
+    ``z`` leaves the registers, ``f(z[:, :c_out / 2]) * sigmoid(z[:, c_out / 2:])``; plus ``residual``.
 
     Args:
         x: ``[b, c_in, h, w]``, contiguous or channels_last; the output has the same memory format.
         weight: ``[c_out, c_in, kh, kw]``, kh and kw odd, at most 512 live taps.
         bias: ``[c_out]`` or None.
-        mask_type: ``"A"`` (first layer: without the centre) or ``"B"``.
-        gate: None or ``"tanh_sigmoid"``.
+        mask_type: ``"A"`` (first layer: without the centre), ``"B"``, or a boolean ``[kh, kw]``, True where a tap is
+            used, read on the host.
+        mask_order: ``"raster"``: the rows above the centre, and its row left of it. ``"vertical"``: the rows above, and
+            with "B" the whole own row. ``"horizontal"``: its row left of the centre. "B" adds the centre.
+        data_channels: 3 orders the colours of a pixel: channel c of C belongs to data channel
+            ``c * data_channels // C`` (with a gate, of the C of a half; C need not be divisible), and the centre tap
+            sees, with "A", data channels before the output's, with "B" its own too. Nothing changes for "vertical".
+        gate: None, ``"tanh_sigmoid"`` (f = tanh) or ``"identity_sigmoid"`` (f(z) = z).
+        cond: what conditions z: a vector for each image, ``[b, c_out]``, or a map, ``[b, c_out, h, w]``, or None.
+        residual: added to the output, of its shape, or None.
         dilation: an int or a pair (down, across).
         out: a contiguous tensor to write into (no gradients then).
 
     Returns ``[b, c_out, h, w]``, or ``[b, c_out / 2, h, w]`` with a gate.
 
-    float32 and float64 have kernels, on CUDA bfloat16 and float16 too (float32 sums). A 1x1 convolution without a gate,
-    and bfloat16 and float16 on the CPU, are torch's own convolution of the live taps. Under autocast the op computes in
-    the dtype of its inputs. The backward pass keeps x, weight and bias only; with a gate it computes z again.
+    float32, float64, bfloat16 and float16 have kernels; sums of the half types are float32, and one rounding at the
+    end. A 1x1 convolution with its centre alone, without gate, cond and residual, is torch's own. Under autocast the op
+    computes in the dtype of its inputs. The backward pass keeps x, weight, bias and cond only; with a gate it computes
+    z again.
 
     A NaN or infinite pixel reaches exactly the outputs that see it. Errors: ``ValueError`` for shapes, even kernels, an
-    odd number of gated channels; ``TypeError`` for dtypes.
+    odd number of gated channels, options; ``TypeError`` for dtypes.
 
-    Source: van den Oord et al., "Pixel Recurrent Neural Networks" (masks) and "Conditional Image Generation with
-    PixelCNN Decoders" (gate), both 2016.
+    Source: van den Oord et al., "Pixel Recurrent Neural Networks" (masks, order of colours) and "Conditional Image
+    Generation with PixelCNN Decoders" (gate, conditioning, two stacks), both 2016; Dauphin et al., "Language Modeling
+    with Gated Convolutional Networks", 2017 (identity_sigmoid).
 
     >>> y = masked_conv2d(torch.randn(1, 3, 8, 8), torch.randn(16, 3, 7, 7), mask_type="A", gate="tanh_sigmoid")
     """
-    if not is_compiling() and mask_type == "B" and gate is None and out is None and dilation == 1:
+    plain = gate is None and cond is None and residual is None
+    simple = plain and data_channels == 1 and isinstance(mask_type, str) and mask_order == "raster"
+    if simple and mask_type == "B" and out is None and dilation == 1 and not is_compiling():
         result = _pointwise(x, weight, bias)
         if result is not None:
             return result
     check_tensor("x", x)
     check_tensor("weight", weight)
-    if bias is not None:
-        check_tensor("bias", bias)
-    if mask_type not in ("A", "B"):
-        raise ValueError(f'mask_type must be "A" or "B", got {mask_type!r}')
-    if gate not in (None, "tanh_sigmoid"):
-        raise ValueError(f'gate must be None or "tanh_sigmoid", got {gate!r}')
+    for name, t in (("bias", bias), ("cond", cond), ("residual", residual)):
+        if t is not None:
+            check_tensor(name, t)
+    mask_type, mask_order, data_channels = check_mask(mask_type, mask_order, data_channels)
+    if gate not in _GATES:
+        raise ValueError(f'gate must be None, "tanh_sigmoid" or "identity_sigmoid", got {gate!r}')
     if isinstance(dilation, (tuple, list)):
         if len(dilation) != 2:
             raise ValueError(f"dilation must be an int or a pair, got {dilation!r}")
         dilation = [check_int("dilation", d, 1, 2**31) for d in dilation]
     else:
         dilation = [check_int("dilation", dilation, 1, 2**31)] * 2
-    gated = gate is not None
-    taps = _ref.raster_taps(*weight.shape[2:], mask_type) if weight.dim() == 4 else []
-    half, pointwise = x.dtype in HALVES and not _on_cuda(x), weight.shape[2:] == (1, 1) and not gated
-    if (half or pointwise) and taps and x.numel() and weight.numel():
-        _check(x, weight, bias, taps, gated)
+    taps = []
+    if weight.dim() == 4:
+        taps = live_taps(*weight.shape[2:], mask_type, mask_order, data_channels)
+        if data_channels > 1:
+            _check(x, weight, bias, cond, residual, taps, gate)
+            weight = ordered_weight(weight, mask_type, mask_order, data_channels, gate is not None)
+    if plain and weight.shape[2:] == (1, 1) and taps and x.numel() and weight.numel():
+        _check(x, weight, bias, cond, residual, taps, gate)
         with _no_autocast(x):
-            result = _halves(x, weight, bias, mask_type, dilation, gated) if half else F.conv2d(x, weight, bias)
+            result = F.conv2d(x, weight, bias)
         if out is None:
             return result
         _op._no_grad_into(out, (x, weight, bias))
         return _copy_into(out, result)
-    return _op(x, weight, bias, taps, dilation, gated, out=out)
+    return _op(x, weight, bias, cond, residual, taps, dilation, gate, out=out)

@@ -8,16 +8,34 @@ import torch
 import torch.nn.functional as F
 
 
-def raster_taps(kh, kw, mask_type):
-    """Taps before the centre in raster order; "B": and the centre."""
-    return list(range(kh // 2 * kw + kw // 2 + (mask_type == "B")))
+def taps(kh, kw, mask_type, mask_order="raster", data_channels=1):
+    """Live taps, ascending. "raster": rows above, and left of the centre; "vertical": rows above, and with "B" the own
+    row; "horizontal": the own row's left. The centre itself with "B"; with "A" where data channels have an order."""
+    row, centre = kh // 2 * kw, kh // 2 * kw + kw // 2
+    if mask_order == "vertical":
+        return list(range(row + kw * (mask_type == "B")))
+    last = centre + (mask_type == "B" or data_channels > 1)
+    return list(range(row if mask_order == "horizontal" else 0, last))
 
 
-def raster_mask(kh, kw, mask_type, device=None):
+def mask(kh, kw, mask_type, mask_order="raster", data_channels=1, device=None):
     """The same as a boolean [kh, kw]: True where the tap is used."""
     mask = torch.zeros(kh * kw, dtype=torch.bool, device=device)
-    mask[raster_taps(kh, kw, mask_type)] = True
+    mask[taps(kh, kw, mask_type, mask_order, data_channels)] = True
     return mask.view(kh, kw)
+
+
+def data_channel(channels, data_channels, halves=1):
+    """Of each of `channels`, the data channel that it belongs to: c * data_channels // channels, in each half of a gate."""
+    half = channels // halves
+    return [c % half * data_channels // half for c in range(channels)] if half else []
+
+
+def centre_mask(c_out, c_in, mask_type, data_channels, gated):
+    """[c_out, c_in], True where the centre tap may be used: from data channels before the output's, "B": and its own."""
+    seen = torch.tensor(data_channel(c_in, data_channels), dtype=torch.int64)
+    own = torch.tensor(data_channel(c_out, data_channels, 2 if gated else 1), dtype=torch.int64)[:, None]
+    return seen <= own if mask_type == "B" else seen < own
 
 
 def _shifts(x, kh, kw, taps, dilation, sign=1):
@@ -32,20 +50,28 @@ def _shifts(x, kh, kw, taps, dilation, sign=1):
         yield ky, kx, padded[..., y : y + h, x0 : x0 + w]
 
 
-def tanh_sigmoid(z):
-    """tanh of the first half of the channels times sigmoid of the second."""
+def gated(z, gate):
+    """z itself, or of its halves a and b: tanh(a) sigmoid(b), a sigmoid(b)."""
+    if gate is None:
+        return z
     a, b = z.chunk(2, -3)
-    return torch.tanh(a) * torch.sigmoid(b)
+    return (torch.tanh(a) if gate == "tanh_sigmoid" else a) * torch.sigmoid(b)
 
 
-def masked_conv2d(x, weight, bias, taps, dilation, gated):
-    """[b, c_in, h, w], [c_out, c_in, kh, kw], [c_out] or None -> [b, c_out, h, w]; half the channels with a gate."""
+def masked_conv2d(x, weight, bias, cond, residual, taps, dilation, gate):
+    """[b, c_in, h, w], [c_out, c_in, kh, kw] -> [b, c_out, h, w]; half the channels with a gate.
+
+    bias [c_out], cond [b, c_out] or [b, c_out, h, w], and residual, of the output's shape, are None or added.
+    """
     z = x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:])
     for ky, kx, seen in _shifts(x, *weight.shape[2:], taps, dilation):
         z = z + torch.einsum("oi,bihw->bohw", weight[:, :, ky, kx], seen)
     if bias is not None:
         z = z + bias.view(-1, 1, 1)
-    return tanh_sigmoid(z) if gated else z
+    if cond is not None:
+        z = z + (cond if cond.dim() == 4 else cond[..., None, None])
+    out = gated(z, gate)
+    return out if residual is None else out + residual
 
 
 def masked_conv2d_backward_input(grad, weight, taps, dilation):
@@ -66,8 +92,9 @@ def masked_conv2d_backward_weight(grad, x, kh, kw, taps, dilation):
     return torch.stack(rows, -2), grad.sum((0, 2, 3))
 
 
-def masked_conv2d_gate_backward(grad, x, weight, bias, taps, dilation):
-    """The gradient for the ungated output z from that of tanh(z1) sigmoid(z2)."""
-    a, b = masked_conv2d(x, weight, bias, taps, dilation, False).chunk(2, 1)
-    t, s = torch.tanh(a), torch.sigmoid(b)
-    return torch.cat((grad * s * (1 - t * t), grad * t * s * (1 - s)), 1)
+def masked_conv2d_gate_backward(grad, x, weight, bias, cond, taps, dilation, gate):
+    """The gradient for the ungated output z from that of f(z1) sigmoid(z2), f being tanh or the identity."""
+    a, b = masked_conv2d(x, weight, bias, cond, None, taps, dilation, None).chunk(2, -3)
+    s = torch.sigmoid(b)
+    f, df = (torch.tanh(a), 1 - torch.tanh(a) ** 2) if gate == "tanh_sigmoid" else (a, torch.ones_like(a))
+    return torch.cat((grad * s * df, grad * f * s * (1 - s)), -3)
