@@ -22,7 +22,7 @@ def left_tap(shape, c_out, gate, grad=None):
     bias = cases.data(c_out, dtype=BF16, seed=3)
     out = huge.empty((b, c_out, h, w), BF16)
     with backend.running(blocks=[0, 1, -1]):  # 0 and 1: all of the kernel that packs the weights
-        module._convolve(out, x, weight, bias, grad, [0], (1, 1), gate)
+        module._convolve(out, x, weight, bias, [0], (1, 1), gate, grad=grad)
         at = backend.written(out)
     i, o, y, column = indices(out, at, False)
     assert b * h * w > 2**32 and at[-1] == out.numel() - 1
@@ -33,7 +33,7 @@ def left_tap(shape, c_out, gate, grad=None):
 
 @images
 def test_pixels_simt(image):
-    got, _, (z,) = left_tap(IMAGES[image], 1, module._PLAIN)
+    got, _, (z,) = left_tap(IMAGES[image], 1, None)
     cases.close(got, z, rtol=1e-2, atol=1e-2)
 
 
@@ -41,7 +41,7 @@ def test_pixels_simt(image):
 def test_pixels_of_the_gate_gradient_simt(image):
     b, h, w = IMAGES[image]
     grad = huge.periodic((b, 1, h, w), BF16, seed=4)
-    got, (i, o, y, column), z = left_tap(IMAGES[image], 2, module._GATE_GRADIENT, grad)
+    got, (i, o, y, column), z = left_tap(IMAGES[image], 2, "tanh_sigmoid", grad)
     t, s = torch.tanh(z[0]), torch.sigmoid(z[1])
     want = grad[i, 0, y, column].double() * torch.where(o == 0, s * (1 - t * t), t * s * (1 - s))
     cases.close(got, want, rtol=1e-2, atol=1e-2)
@@ -54,8 +54,8 @@ def test_packed_weights_simt():
     size = module._packed_size(1, channels, [0], module._PLAIN, BF16)
     out, workspace = huge.empty((1, channels, 1, 1), BF16), huge.empty((size,), BF16)
     with backend.running(blocks=[-1]):
-        module._forward((out, workspace), (x, weight, None, None), [1, 1, channels, 1, 1], [0], [1, 1, 1, 1], False,
-                        [False] * 3, module._PLAIN, module.DTYPE_CODE[BF16], size)
+        module._forward((out, workspace), (x, weight, None, None, None, None), [1, 1, channels, 1, 1], [0], [1, 1, 1, 1], False,
+                        [False] * 5, module._PLAIN, False, False, module.DTYPE_CODE[BF16], size)
         at = backend.written(workspace)
     at = torch.cat([at[:256], at[-256:]])
     assert at[-1] >= 2**31

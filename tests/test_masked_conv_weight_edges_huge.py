@@ -53,7 +53,7 @@ def test_images_of_more_than_two_to_the_31_pixels_simt():
     x, weight = huge.periodic((2, 1, h, w), BF16, seed=1), cases.data(1, 1, 3, 1, dtype=BF16, seed=2)
     out = huge.empty((2, 1, h, w), BF16)
     with backend.running(blocks=[0, 1, -1]):  # 0 and 1: all of the kernel that packs the weights
-        module._convolve(out, x, weight, None, None, [0, 1], (h - 1, 1), module._PLAIN)
+        module._convolve(out, x, weight, None, [0, 1], (h - 1, 1))
         at = backend.written(out)
     i, _, y, column = indices(out, at, False)
     last = y == h - 1
