@@ -208,7 +208,8 @@ def test_offset_storage_and_mixed_formats(device):
     x = x.detach().requires_grad_()
     _, weight, bias = problem(1, 16, 72, 5, 8, 3, device=device.torch, grad=True)
     out = ops.masked_conv2d(x, weight, bias, gate=GATE)
-    want = RASTER.masked_conv2d(x.double(), weight.double(), bias.double(), None, None, RASTER.taps(3, 3, "B"), (1, 1), GATE)
+    taps = RASTER.taps(3, 3, "B")
+    want = RASTER.masked_conv2d(x.double(), weight.double(), bias.double(), None, None, taps, (1, 1), GATE)
     cases.close(out, want, rtol=1e-6, atol=1e-6)
     grad = cases.data(*out.shape, dtype=FLOAT, device=device.torch, seed=4).contiguous()
     for g, r in zip(torch.autograd.grad(out, (x, weight, bias), grad),
@@ -222,8 +223,8 @@ def test_the_workspace_is_checked(device):
     x, weight, bias = problem(1, 3, 4, 3, 5, 3, device=device.torch)
     out, workspace = torch.empty(1, 4, 3, 5, device=x.device), torch.empty(64 * 16, device=x.device)
     with pytest.raises(RuntimeError, match="the workspace is too small"):
-        module._forward((out, workspace), (x, weight, bias, None, None, None), [1, 3, 4, 3, 5], [0, 1, 2, 3], [3, 3, 1, 1], False,
-                        [False] * 5, 0, False, False, 0, workspace.numel())
+        module._forward((out, workspace), (x, weight, bias, None, None, None), [1, 3, 4, 3, 5], [0, 1, 2, 3],
+                        [3, 3, 1, 1], False, [False] * 5, 0, False, False, 0, workspace.numel())
 
 
 @pytest.mark.parametrize("schedule", ["descending", "random:1", "preempt:1"])

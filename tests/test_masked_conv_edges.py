@@ -57,8 +57,8 @@ def launch(sizes, dtype=FLOAT):
     backend = pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
     out, nothing = torch.full((128,), math.nan, dtype=dtype), torch.empty(0, dtype=dtype)
     with backend.running(blocks=[0]):
-        module._forward((out, None), (nothing, nothing, None, None, None, None), sizes, [], [1, 1, 1, 1], False, [False] * 5, 0, False, False,
-                        module.DTYPE_CODE[dtype], 0)
+        module._forward((out, None), (nothing, nothing, *[None] * 4), sizes, [], [1, 1, 1, 1], False, [False] * 5,
+                        0, False, False, module.DTYPE_CODE[dtype], 0)
     return out
 
 
@@ -87,8 +87,8 @@ def test_smallest_workspace_in_the_emulator():
 
     def run(size):
         with backend.running():
-            module._forward((out, torch.empty(size)), (x, weight, bias, None, None, None), [1, 3, 4, 1, 5], [0, 1], [1, 3, 1, 1],
-                            False, [False] * 5, module._PLAIN, False, False, module.DTYPE_CODE[FLOAT], size)
+            module._forward((out, torch.empty(size)), (x, weight, bias, *[None] * 3), [1, 3, 4, 1, 5], [0, 1],
+                            [1, 3, 1, 1], False, [False] * 5, module._PLAIN, False, False, module.DTYPE_CODE[FLOAT], size)
 
     with pytest.raises(RuntimeError, match="the workspace is too small"):
         run(size - 1)

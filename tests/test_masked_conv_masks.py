@@ -228,7 +228,7 @@ BAD = {
     "mask_order must be .* got 'spiral'": {"mask_order": "spiral"},
     "data_channels must be in .* got 0": {"data_channels": 0},
     "data_channels must be an integer": {"data_channels": 1.5},
-    r"mask_type must be \[kh, kw\] = \(3, 3\) as weight, got \(2, 3\)": {"mask_type": torch.ones(2, 3, dtype=torch.bool)},
+    r"mask_type must be \[kh, kw\] = \(3, 3\) as weight, got \(2, 3\)": {"mask_type": torch.zeros(2, 3) == 0},
     "mask_type must be .* got torch.float32": {"mask_type": torch.ones(3, 3)},
     'mask_type must be "A", "B" or a boolean .* got dict': {"mask_type": {}},
     "need mask_type .* got a boolean mask": {"mask_type": torch.ones(3, 3, dtype=torch.bool), "data_channels": 3},
@@ -254,5 +254,6 @@ def test_bad_input(message):
 def test_channels_that_data_channels_do_not_divide(device):
     tensors = conditioned(1, 4, 7, 2, 3, 3, None, None, False, device=device.torch)
     check(tensors, mask_type="B", data_channels=3)
-    tensors = conditioned(1, 2, 10, 2, 3, 3, GATE, None, False, device=device.torch)  # fewer channels than data channels
+    # fewer channels than data channels
+    tensors = conditioned(1, 2, 10, 2, 3, 3, GATE, None, False, device=device.torch)
     check(tensors, mask_type="A", data_channels=3, gate=GATE)

@@ -267,7 +267,8 @@ def _masked_conv2d(device):
     taps = reference.masked_conv.taps(3, 3, "B")
     return (
         lambda: ops.masked_conv2d(x, weight, bias, "B", gate="tanh_sigmoid"),
-        lambda: reference.masked_conv.masked_conv2d(*_in_float64(x, weight, bias), None, None, taps, (1, 1), "tanh_sigmoid"),
+        lambda: reference.masked_conv.masked_conv2d(*_in_float64(x, weight, bias), None, None, taps, (1, 1),
+                                                    "tanh_sigmoid"),
     )
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 
 def taps(kh, kw, mask_type, mask_order="raster", data_channels=1):
-    """Live taps, ascending. "raster": rows above, and left of the centre; "vertical": rows above, and with "B" the own
-    row; "horizontal": the own row's left. The centre itself with "B"; with "A" where data channels have an order."""
+    """Live taps, ascending. "raster": rows above, and left of the centre. "vertical": rows above, with "B" the own row.
+    "horizontal": the own row's left. The centre itself with "B"; with "A" where data channels have an order."""
     row, centre = kh // 2 * kw, kh // 2 * kw + kw // 2
     if mask_order == "vertical":
         return list(range(row + kw * (mask_type == "B")))
@@ -26,7 +26,7 @@ def mask(kh, kw, mask_type, mask_order="raster", data_channels=1, device=None):
 
 
 def data_channel(channels, data_channels, halves=1):
-    """Of each of `channels`, the data channel that it belongs to: c * data_channels // channels, in each half of a gate."""
+    """The data channel that each of `channels` belongs to: c * data_channels // channels, in each half of a gate."""
     half = channels // halves
     return [c % half * data_channels // half for c in range(channels)] if half else []
 
