@@ -88,7 +88,7 @@ def test_smallest_workspace_in_the_emulator():
     def run(size):
         with backend.running():
             module._forward((out, torch.empty(size)), (x, weight, bias, *[None] * 3), [1, 3, 4, 1, 5], [0, 1],
-                            [1, 3, 1, 1], False, [False] * 5, module._PLAIN, False, False, module.DTYPE_CODE[FLOAT], size)
+                            [1, 3, 1, 1], False, [False] * 5, 0, False, False, 0, size)
 
     with pytest.raises(RuntimeError, match="the workspace is too small"):
         run(size - 1)

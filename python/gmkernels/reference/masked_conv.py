@@ -32,7 +32,7 @@ def data_channel(channels, data_channels, halves=1):
 
 
 def centre_mask(c_out, c_in, mask_type, data_channels, gated):
-    """[c_out, c_in], True where the centre tap may be used: from data channels before the output's, "B": and its own."""
+    """[c_out, c_in], True where the centre tap may be used: data channels before the output's, "B": and its own."""
     seen = torch.tensor(data_channel(c_in, data_channels), dtype=torch.int64)
     own = torch.tensor(data_channel(c_out, data_channels, 2 if gated else 1), dtype=torch.int64)[:, None]
     return seen <= own if mask_type == "B" else seen < own
