@@ -228,7 +228,7 @@ BAD = {
     "mask_order must be .* got 'spiral'": {"mask_order": "spiral"},
     "data_channels must be in .* got 0": {"data_channels": 0},
     "data_channels must be an integer": {"data_channels": 1.5},
-    r"mask_type must be \[kh, kw\] = \(3, 3\) as weight, got \(2, 3\)": {"mask_type": torch.zeros(2, 3) == 0},
+    r"mask_type must be \[kh, kw\] = \(3, 3\) as weight, got 2 rows of": {"mask_type": torch.zeros(2, 3) == 0},
     "mask_type must be .* got torch.float32": {"mask_type": torch.ones(3, 3)},
     'mask_type must be "A", "B" or a boolean .* got dict': {"mask_type": {}},
     "need mask_type .* got a boolean mask": {"mask_type": torch.ones(3, 3, dtype=torch.bool), "data_channels": 3},

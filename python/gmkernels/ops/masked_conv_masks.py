@@ -12,7 +12,7 @@ _ORDERS = ("raster", "vertical", "horizontal")
 
 
 def check_mask(mask_type, mask_order, data_channels):
-    """The options as they are used: `mask_type` "A", "B" or a boolean tensor."""
+    """The options as they are used: `mask_type` "A", "B" or rows of booleans."""
     if mask_order not in _ORDERS:
         raise ValueError(f'mask_order must be "raster", "vertical" or "horizontal", got {mask_order!r}')
     data_channels = check_int("data_channels", data_channels, 1, 2**31)
@@ -20,25 +20,29 @@ def check_mask(mask_type, mask_order, data_channels):
         if mask_type not in ("A", "B"):
             raise ValueError(f'mask_type must be "A", "B" or a boolean [kh, kw], got {mask_type!r}')
         return mask_type, mask_order, data_channels
-    try:
-        mask_type = torch.as_tensor(mask_type)
-    except (TypeError, ValueError, RuntimeError):
-        kind = type(mask_type).__name__
-        raise TypeError(f'mask_type must be "A", "B" or a boolean [kh, kw], got {kind}') from None
-    if mask_type.dtype is not torch.bool:
-        raise TypeError(f'mask_type must be "A", "B" or a boolean [kh, kw], got {mask_type.dtype}')
+    rows = mask_type.tolist() if hasattr(mask_type, "tolist") else mask_type  # tensors, arrays
+    if not isinstance(rows, (list, tuple)) or not all(isinstance(r, (list, tuple)) for r in rows):
+        raise TypeError(f'mask_type must be "A", "B" or a boolean [kh, kw], got {_described(mask_type)}')
+    if not all(isinstance(used, bool) for row in rows for used in row):
+        raise TypeError(f'mask_type must be "A", "B" or a boolean [kh, kw], got {_described(mask_type)}')
     if mask_order != "raster" or data_channels != 1:
         raise ValueError('mask_order and data_channels need mask_type "A" or "B", got a boolean mask')
-    return mask_type, mask_order, data_channels
+    return rows, mask_order, data_channels
+
+
+def _described(mask):
+    kind = type(mask).__name__
+    return f"{mask.dtype} {tuple(mask.shape)}" if hasattr(mask, "dtype") else kind
 
 
 def live_taps(kh, kw, mask_type, mask_order, data_channels):
     """Indices ky * kw + kx, ascending. A boolean mask is read on the host."""
     if isinstance(mask_type, str):
         return _ref.taps(kh, kw, mask_type, mask_order, data_channels)
-    if tuple(mask_type.shape) != (kh, kw):
-        raise ValueError(f"mask_type must be [kh, kw] = {(kh, kw)} as weight, got {tuple(mask_type.shape)}")
-    return [t for t, used in enumerate(mask_type.flatten().tolist()) if used]
+    sizes = {len(row) for row in mask_type}
+    if len(mask_type) != kh or sizes != {kw}:
+        raise ValueError(f"mask_type must be [kh, kw] = {(kh, kw)} as weight, got {len(mask_type)} rows of {sizes}")
+    return [y * kw + x for y, row in enumerate(mask_type) for x, used in enumerate(row) if used]
 
 
 def ordered_weight(weight, mask_type, mask_order, data_channels, gated):

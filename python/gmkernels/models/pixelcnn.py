@@ -1,0 +1,165 @@
+"""Gated PixelCNN: images with an exact likelihood, sampled by a kernel that computes each feature once."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import ops
+from .._call import check_int
+from ..nn import GatedMaskedConv2d, MaskedConv2d
+from ._model import Model
+
+_HEADS = ("categorical", "logistic_mixture")
+
+
+class PixelCNN(Model):
+    r"""Images of c channels of integer levels, ``p(x) = prod_p p(x_p | pixels before p in raster order)``.
+
+    Two stacks of gated convolutions: the vertical one sees the rows above, the horizontal one the pixels to the left
+    and, through 1x1 links, the vertical one; together they see every earlier pixel and no other, without a blind spot.
+    Both are residual. With x the levels scaled to [-1, 1] and ``gate(z) = tanh(z[:C]) sigmoid(z[C:])``::
+
+        v_0 = gate(conv7x7_above(x))                  v_l = v_{l-1} + gate(conv3x3_above_and_own_row(v_{l-1}))
+        h_0 = out_0 gate(conv1x7_left(x) + link_0 v_0)
+        h_l = h_{l-1} + out_l gate(conv1x3_left_and_own(h_{l-1}) + link_l v_l)
+        head2 relu(head1 relu(h_L))                   a class adds a vector to each gate's z
+
+    Args:
+        shape: (c, h, w) of the images. Convolutions take any size; ``sample`` makes this one.
+        levels: values of a channel, 0 .. levels - 1.
+        features: C. layers: L + 1, with the first. kernel_size, first_kernel_size: odd.
+        head: ``"categorical"``: a softmax over the levels; with c > 1 the channels of a pixel are ordered too (colour
+            masks). ``"logistic_mixture"``: :func:`gmkernels.ops.discretized_logistic_mixture_nll`, c = 1 or 3.
+        num_mixtures: of that head. head_features: width of the head, by default 2C.
+        num_classes: None, or how many; then ``cond`` are labels ``[n]`` in ``[0, num_classes)``.
+
+    ``log_prob`` is exact (``log_prob_kind``). Errors: ``ValueError`` and ``TypeError`` that name the argument.
+
+    Source: van den Oord et al., "Conditional Image Generation with PixelCNN Decoders", 2016 (here the links read the
+    gated vertical features, and the vertical stack is residual); Salimans et al., "PixelCNN++", 2017 (the mixture).
+
+    >>> model = PixelCNN((1, 8, 8), levels=17, features=16, layers=2)
+    >>> model.sample(2, seed=0).shape
+    torch.Size([2, 1, 8, 8])
+    """
+
+    log_prob_kind = "exact"
+
+    def __init__(self, shape, *, levels=256, features=64, layers=6, kernel_size=3, first_kernel_size=7,
+                 head="categorical", num_mixtures=10, head_features=None, num_classes=None):
+        super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f"shape must be (c, h, w), got {tuple(shape)}")
+        self.shape = tuple(check_int("shape", s, 1, 2**31) for s in shape)
+        self.levels = check_int("levels", levels, 2, 65537)
+        features, layers = check_int("features", features, 1, 2**24), check_int("layers", layers, 1, 2**16)
+        if head not in _HEADS:
+            raise ValueError(f'head must be "categorical" or "logistic_mixture", got {head!r}')
+        channels = self.shape[0]
+        if head == "logistic_mixture" and channels not in (1, 3):
+            raise ValueError(f"shape must have 1 or 3 channels for a logistic mixture, got {channels}")
+        self.head, self.num_mixtures = head, check_int("num_mixtures", num_mixtures, 1, 2**20)
+        hidden = check_int("head_features", 2 * features if head_features is None else head_features, 1, 2**24)
+        self.num_classes = None if num_classes is None else check_int("num_classes", num_classes, 1, 2**31)
+        self.config = dict(shape=list(self.shape), levels=levels, features=features, layers=layers,
+                           kernel_size=kernel_size, first_kernel_size=first_kernel_size, head=head,
+                           num_mixtures=num_mixtures, head_features=hidden, num_classes=num_classes)
+        groups = channels if head == "categorical" else 1
+        self.groups = groups
+        outputs = channels * levels if groups == channels and head == "categorical" else self._parameters(channels)
+        k0, k = first_kernel_size, kernel_size
+        self.vertical, self.horizontal, self.link, self.out = (nn.ModuleList() for _ in range(4))
+        for layer in range(layers):
+            size, kind, source = (k, "B", features) if layer else (k0, "A", channels)
+            self.vertical.append(GatedMaskedConv2d(source, features, size, kind, mask_order="vertical"))
+            self.horizontal.append(GatedMaskedConv2d(source, features, (1, size), kind, mask_order="horizontal",
+                                                     data_channels=groups))
+            self.link.append(nn.Conv2d(features, 2 * features, 1, bias=False))
+            self.out.append(MaskedConv2d(features, features, 1, data_channels=groups))
+        self.head1 = MaskedConv2d(features, hidden, 1, data_channels=groups)
+        self.head2 = MaskedConv2d(hidden, outputs, 1, data_channels=groups)
+        if num_classes is not None:  # [class] -> a vector for each gate: layers x (vertical, horizontal) x 2C
+            self.classes = nn.Embedding(self.num_classes, layers * 2 * 2 * features)
+            nn.init.normal_(self.classes.weight, std=0.1)
+        scale = torch.arange(self.levels, dtype=torch.float64) * (2 / (self.levels - 1)) - 1
+        self.register_buffer("values", scale.float(), persistent=False)
+
+    def _parameters(self, channels):
+        return self.num_mixtures * (3 if channels == 1 else 10)
+
+    # the network ------------------------------------------------------------------------------------------------------
+
+    def _gate_vectors(self, cond, n):
+        """[layers, 2, n, 2C] for labels, or None."""
+        if self.num_classes is None:
+            if cond is not None:
+                raise ValueError("cond must be None: the model has no classes")
+            return None
+        if cond is None:
+            raise ValueError(f"cond must be labels [n] in [0, {self.num_classes}), got None")
+        device = self.classes.weight.device
+        labels = torch.as_tensor(cond, device=device)
+        if labels.dtype.is_floating_point or labels.dtype is torch.bool:
+            raise TypeError(f"cond must be integer labels, got {labels.dtype}")
+        labels = labels.expand(n) if labels.dim() == 0 else labels
+        if labels.shape != (n,):
+            raise ValueError(f"cond must be labels [n] with n={n}, got {tuple(labels.shape)}")
+        if n and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
+            raise ValueError(f"cond must be in [0, {self.num_classes}), got {wrong}")
+        return self.classes(labels.long()).view(n, len(self.out), 2, -1).permute(1, 2, 0, 3)
+
+    def network(self, values, cond=None):
+        """``[n, c, h, w]`` scaled to [-1, 1] -> the head's parameters ``[n, outputs, h, w]``."""
+        vectors = self._gate_vectors(cond, values.shape[0])
+        v = h = None
+        for layer, (vertical, horizontal, link, out) in enumerate(
+                zip(self.vertical, self.horizontal, self.link, self.out, strict=True)):
+            for_v, for_h = (None, None) if vectors is None else vectors[layer]
+            # The first layer is causal only without a residual: its input is the image itself.
+            above = vertical(values if layer == 0 else v, for_v, v)
+            linked = link(above)
+            if for_h is not None:
+                linked = linked + for_h[:, :, None, None]
+            gated = horizontal(values if layer == 0 else h, linked)
+            v, h = above, out(gated, residual=h)
+        return self.head2(F.relu(self.head1(F.relu(h))))
+
+    def _checked(self, x):
+        c = self.shape[0]
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype is torch.bool:
+            raise TypeError(f"x must hold integer levels, got {x.dtype}")
+        if x.dim() != 4 or x.shape[1] != c:
+            raise ValueError(f"x must be [n, c, h, w] with c={c}, got {tuple(x.shape)}")
+        if x.numel() and not torch.compiler.is_compiling():
+            low, high = int(x.min()), int(x.max())
+            if low < 0 or high >= self.levels:
+                raise ValueError(f"x must be in [0, {self.levels}), got {low if low < 0 else high}")
+        return x.long()
+
+    def forward(self, x, cond=None):
+        """Levels ``[n, c, h, w]`` -> logits ``[n, levels, c, h, w]``, or the mixture's parameters ``[n, ..., h, w]``."""
+        parameters = self.network(self.values[self._checked(x)], cond)
+        if self.head == "categorical":
+            return parameters.unflatten(1, (self.shape[0], self.levels)).transpose(1, 2)
+        return parameters
+
+    def log_prob(self, x, cond=None):
+        """Of levels ``[n, c, h, w]``: the exact log-probability of each image in nats, ``[n]``; differentiable."""
+        parameters, x = self(x, cond), x.long()
+        if self.head == "categorical":
+            return -ops.categorical_nll(parameters, x, reduction="image")
+        return -ops.discretized_logistic_mixture_nll(parameters, self.values[x].to(parameters.dtype),
+                                                     self.num_mixtures, levels=self.levels, reduction="image")
+
+    def bits_per_dim(self, x, cond=None):
+        """Of each image, ``[n]``: ``-log2 p(x) / (c h w)``."""
+        return self.log_prob(x, cond) / (-math.log(2) * max(1, x[0].numel() if len(x) else 1))
+
+    def loss(self, x, cond=None):
+        """Mean bits per dimension: what ``fit`` minimises."""
+        return self.bits_per_dim(x, cond).mean()
