@@ -16,6 +16,7 @@ void bind_kmeans(py::module_&);
 void bind_gmm_fit(py::module_&);
 void bind_masked_conv(py::module_&);
 void bind_likelihood(py::module_&);
+void bind_pixelcnn(py::module_&);
 
 #ifdef GMK_WITH_CUDA
 Status cuda_probe(int* runtime, int* driver, int* devices);  // cuda/probe.cu
@@ -35,6 +36,7 @@ PYBIND11_MODULE(_C, m) {
   bind_gmm_fit(m);
   bind_masked_conv(m);
   bind_likelihood(m);
+  bind_pixelcnn(m);
 
   m.def("adopt_torch", adopt_torch);
   m.def("isa", [] { return isa_name(isa_current()); });

@@ -106,6 +106,7 @@ enum PhiloxStream : uint32_t {
   kStreamAddNoise = 8,
   kStreamFlowPair = 9,
   kStreamKnown = 10,
+  kStreamPixelCnn = 11,
 };
 
 }  // namespace gmk

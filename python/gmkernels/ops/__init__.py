@@ -13,6 +13,7 @@ from .likelihood import discretized_logistic_mixture_nll, discretized_logistic_m
 from .likelihood_elements import bernoulli_nll, categorical_nll, discretized_logistic_nll, gaussian_nll
 from .masked_conv import masked_conv2d
 from .noising import add_noise, denoising_loss, flow_pair
+from .pixelcnn import PixelCNNWeights, pixelcnn_sample
 from .random import philox_normal, philox_uniform
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "GmmParameters",
     "GmmStatistics",
     "KMeansResult",
+    "PixelCNNWeights",
     "add_noise",
     "bernoulli_nll",
     "categorical_nll",
@@ -50,4 +52,5 @@ __all__ = [
     "masked_conv2d",
     "philox_normal",
     "philox_uniform",
+    "pixelcnn_sample",
 ]

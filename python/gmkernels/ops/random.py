@@ -13,6 +13,7 @@ STREAM_KMEANS = 5  # drawn in Python only
 STREAM_LOGISTIC_MIXTURE = 7
 STREAM_ADD_NOISE, STREAM_FLOW_PAIR = 8, 9
 STREAM_KNOWN = 10  # of diffusion_step
+STREAM_PIXELCNN = 11
 _NORMAL, _UNIFORM = 0, 1
 
 _fill = Kernel("philox_fill")

@@ -71,8 +71,11 @@ def discretized_logistic_mixture_nll(params, x, num_mixtures, kind, low, high, l
 
 
 def discretized_logistic_mixture_sample(params, seeds, num_mixtures, kind, low, high, levels, channels, seed,
-                                        temperature):
-    """x [b, channels, ...]: one Philox block a pixel, counted over the tensor or, with seeds [b], over the image."""
+                                        temperature, fixed=None):
+    """x [b, channels, ...]: one Philox block a pixel, counted over the tensor or, with seeds [b], over the image.
+
+    fixed [b, channels, ...]: levels of channels that are given, negative where they are not; PixelCNN completes images.
+    """
     logits, means, inverse, k = parameters(params.double(), channels, num_mixtures, kind)
     b, pixels = logits.shape[0], logits[0, 0].numel()
     blocks = torch.arange(b * pixels, device=params.device).view(b, pixels)
@@ -100,6 +103,8 @@ def discretized_logistic_mixture_sample(params, seeds, num_mixtures, kind, low, 
             value = value + temperature / inverse[:, c] * (torch.log(u[1 + c]) - torch.log1p(-u[1 + c]))
         bad = bad | value.isnan() | inverse[:, c].isnan()
         level = torch.floor((value + 1) / 2 * (levels - 1) + 0.5).clamp(0, levels - 1)
+        if fixed is not None:
+            level = torch.where(fixed[:, c] < 0, level, fixed[:, c].to(level))
         x.append(2 * level / (levels - 1) - 1)
     out = (torch.stack(x, 1) + 1) / 2 * (high - low) + low
     return torch.where(bad[:, None], math.nan, out).to(params.dtype)
