@@ -15,20 +15,20 @@ if _isa := _os.environ.get("GMKERNELS_ISA"):
 
 from . import distributions, nn, ops, reference  # noqa: E402
 
-__all__ = ["GaussianMixture", "__version__", "distributions", "mixture", "nn", "ops", "reference", "schedulers"]
+__all__ = ["GaussianMixture", "__version__", "distributions", "mixture", "models", "nn", "ops", "reference", "schedulers"]
 
 
 def __getattr__(name):
-    """Estimators load on first use, and scikit-learn with them; schedulers, and diffusers with them."""
+    """Models and estimators load on first use, and scikit-learn with them; schedulers, and diffusers with them."""
     if name in ("GaussianMixture", "mixture"):
         from importlib import import_module
 
         mixture = import_module(".mixture", __name__)
         return mixture if name == "mixture" else mixture.GaussianMixture
-    if name == "schedulers":
+    if name in ("models", "schedulers"):
         from importlib import import_module
 
-        return import_module(".schedulers", __name__)
+        return import_module("." + name, __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from .. import ops
 from .._call import check_int
 from ..nn import GatedMaskedConv2d, MaskedConv2d
+from ..ops.pixelcnn import PixelCNNWeights, pixelcnn_sample
 from ._model import Model
 
 _HEADS = ("categorical", "logistic_mixture")
@@ -67,8 +68,7 @@ class PixelCNN(Model):
                            kernel_size=kernel_size, first_kernel_size=first_kernel_size, head=head,
                            num_mixtures=num_mixtures, head_features=hidden, num_classes=num_classes)
         groups = channels if head == "categorical" else 1
-        self.groups = groups
-        outputs = channels * levels if groups == channels and head == "categorical" else self._parameters(channels)
+        outputs = channels * levels if head == "categorical" else self.num_mixtures * (3 if channels == 1 else 10)
         k0, k = first_kernel_size, kernel_size
         self.vertical, self.horizontal, self.link, self.out = (nn.ModuleList() for _ in range(4))
         for layer in range(layers):
@@ -85,9 +85,6 @@ class PixelCNN(Model):
             nn.init.normal_(self.classes.weight, std=0.1)
         scale = torch.arange(self.levels, dtype=torch.float64) * (2 / (self.levels - 1)) - 1
         self.register_buffer("values", scale.float(), persistent=False)
-
-    def _parameters(self, channels):
-        return self.num_mixtures * (3 if channels == 1 else 10)
 
     # the network ------------------------------------------------------------------------------------------------------
 
@@ -163,3 +160,70 @@ class PixelCNN(Model):
     def loss(self, x, cond=None):
         """Mean bits per dimension: what ``fit`` minimises."""
         return self.bits_per_dim(x, cond).mean()
+
+    # samples ----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def weights(self, cond=None, n=1):
+        """The parameters as :func:`gmkernels.ops.pixelcnn_sample` takes them, for n images with labels cond."""
+        vectors = self._gate_vectors(cond, n)
+        biases = [torch.stack([m.bias for m in stack])[:, None] for stack in (self.vertical, self.horizontal)]
+        if vectors is not None:
+            biases = [b + v for b, v in zip(biases, vectors.unbind(1), strict=True)]
+        return PixelCNNWeights(
+            *(tuple(m.weight for m in stack) for stack in (self.vertical, self.horizontal)),
+            *(tuple(m.weight[:, :, 0, 0] for m in stack) for stack in (self.link, self.out)),
+            *biases, torch.stack([m.bias for m in self.out]),
+            self.head1.weight[:, :, 0, 0], self.head1.bias, self.head2.weight[:, :, 0, 0], self.head2.bias,
+        ).to(self.values.device)
+
+    def sample(self, n, *, seed=None, given=None, given_mask=None, temperature=1.0, cond=None, callback=None):
+        """n images of levels, int64 ``[n, c, h, w]``, by :func:`gmkernels.ops.pixelcnn_sample`: no Python per pixel.
+
+        Args:
+            seed: None, an int, or an int64 tensor ``[n]``: then an image does not depend on its batch.
+            given, given_mask: integer and bool ``[n, c, h, w]``: where the mask is True the level is known, and kept.
+                A draw from the model's conditional distribution only where the known pixels come first in raster
+                order; otherwise a heuristic: a pixel does not see known pixels that come after it.
+            temperature: below 1 sharpens; 0 takes the likeliest level of each pixel in turn.
+            cond: labels, one or ``[n]``, of a model with classes.
+            callback: called with (rows done, rows) while it works.
+        """
+        n = check_int("n", n, 0, 2**31)
+        return pixelcnn_sample(self.weights(cond, n), n, self.shape, levels=self.levels, head=self.head,
+                               num_mixtures=self.num_mixtures, temperature=temperature, seed=seed, given=given,
+                               given_mask=given_mask, callback=callback)
+
+    def impute(self, x, mask, *, seed=None, temperature=1.0, cond=None):
+        """``x`` ``[n, c, h, w]`` where ``mask`` is True (known), drawn elsewhere; see ``sample`` for when it is exact."""
+        if not isinstance(x, torch.Tensor) or x.shape[1:] != self.shape:
+            got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f"x must be [n, c, h, w] with (c, h, w)={self.shape}, got {got}")
+        return self.sample(len(x), seed=seed, given=x, given_mask=mask, temperature=temperature, cond=cond)
+
+    @torch.no_grad()
+    def check_causality(self):
+        """True if no output depends on its own or later pixels (or data channels); RuntimeError naming one that does.
+
+        By NaN: with NaN in the pixels from number p on, what predicts pixels up to p must not be NaN, for every p of an
+        image of at most 12 x 12. Convolutions look the same everywhere, so that is enough for every size.
+        """
+        c, h, w = self.shape[0], min(12, self.shape[1]), min(12, self.shape[2])
+        ordered = self.head == "categorical"
+        units = c if ordered else 1  # data channels that are predicted one after the other
+        total = h * w * units
+        order = torch.arange(total).view(h, w, units).permute(2, 0, 1)  # [units, h, w]
+        seen = order if ordered else order.expand(c, h, w)
+        device = self.values.device
+        cond = None if self.num_classes is None else 0
+        for first in range(0, total, 64):
+            starts = torch.arange(first, min(first + 64, total)).view(-1, 1, 1, 1)
+            x = torch.where(seen >= starts, math.nan, 0.5).to(device, self.head2.weight.dtype)
+            out = self.network(x, cond)
+            bad = ~out.isfinite().unflatten(1, (units, -1)).all(2).cpu()
+            wrong = (bad & (order <= starts)).nonzero()
+            if len(wrong):
+                i, unit, y, column = wrong[0].tolist()
+                raise RuntimeError(f"what predicts data channel {unit} of pixel ({y}, {column}) depends on itself or on "
+                                   f"what comes after it (NaN from number {first + i} of {total} on reached it)")
+        return True
