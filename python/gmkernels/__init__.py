@@ -15,7 +15,8 @@ if _isa := _os.environ.get("GMKERNELS_ISA"):
 
 from . import distributions, nn, ops, reference  # noqa: E402
 
-__all__ = ["GaussianMixture", "__version__", "distributions", "mixture", "models", "nn", "ops", "reference", "schedulers"]
+__all__ = ["GaussianMixture", "__version__", "distributions", "mixture", "models", "nn", "ops", "reference",
+           "schedulers"]
 
 
 def __getattr__(name):

@@ -13,6 +13,7 @@ COMMANDS = {
     "doctor": "what runs here, and why not what does not",
     "bench": "our ops against every rival, interleaved in one run",
     "impute": "a CSV file with its missing numbers filled in by a Gaussian mixture",
+    "pixelcnn": "trains a PixelCNN on real pixels, prints bits/dim and draws samples",
     "score": "how usual every row of a CSV file is, and which are anomalies",
 }
 

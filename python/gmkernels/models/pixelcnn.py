@@ -139,7 +139,7 @@ class PixelCNN(Model):
         return x.long()
 
     def forward(self, x, cond=None):
-        """Levels ``[n, c, h, w]`` -> logits ``[n, levels, c, h, w]``, or the mixture's parameters ``[n, ..., h, w]``."""
+        """Levels ``[n, c, h, w]`` -> logits ``[n, levels, c, h, w]``, or the mixture's parameters ``[n, -1, h, w]``."""
         parameters = self.network(self.values[self._checked(x)], cond)
         if self.head == "categorical":
             return parameters.unflatten(1, (self.shape[0], self.levels)).transpose(1, 2)
@@ -195,7 +195,7 @@ class PixelCNN(Model):
                                given_mask=given_mask, callback=callback)
 
     def impute(self, x, mask, *, seed=None, temperature=1.0, cond=None):
-        """``x`` ``[n, c, h, w]`` where ``mask`` is True (known), drawn elsewhere; see ``sample`` for when it is exact."""
+        """``x`` ``[n, c, h, w]`` where ``mask`` is True (known), drawn elsewhere; ``sample`` says when it is exact."""
         if not isinstance(x, torch.Tensor) or x.shape[1:] != self.shape:
             got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
             raise ValueError(f"x must be [n, c, h, w] with (c, h, w)={self.shape}, got {got}")
@@ -205,25 +205,28 @@ class PixelCNN(Model):
     def check_causality(self):
         """True if no output depends on its own or later pixels (or data channels); RuntimeError naming one that does.
 
-        By NaN: with NaN in the pixels from number p on, what predicts pixels up to p must not be NaN, for every p of an
-        image of at most 12 x 12. Convolutions look the same everywhere, so that is enough for every size.
+        For every pixel of an image of at most 12 x 12: with NaN in all later pixels nothing that predicts it is NaN,
+        and the same bits come out whatever its own later channels hold. Convolutions look the same everywhere, so that
+        is enough for every size.
         """
         c, h, w = self.shape[0], min(12, self.shape[1]), min(12, self.shape[2])
-        ordered = self.head == "categorical"
-        units = c if ordered else 1  # data channels that are predicted one after the other
-        total = h * w * units
-        order = torch.arange(total).view(h, w, units).permute(2, 0, 1)  # [units, h, w]
-        seen = order if ordered else order.expand(c, h, w)
-        device = self.values.device
+        units = c if self.head == "categorical" else 1  # data channels that are predicted one after the other
+        pixel, channel = torch.arange(h * w).view(h, w), torch.arange(units).view(-1, 1, 1)
+        device, dtype = self.values.device, self.head2.weight.dtype
         cond = None if self.num_classes is None else 0
-        for first in range(0, total, 64):
-            starts = torch.arange(first, min(first + 64, total)).view(-1, 1, 1, 1)
-            x = torch.where(seen >= starts, math.nan, 0.5).to(device, self.head2.weight.dtype)
-            out = self.network(x, cond)
-            bad = ~out.isfinite().unflatten(1, (units, -1)).all(2).cpu()
-            wrong = (bad & (order <= starts)).nonzero()
-            if len(wrong):
-                i, unit, y, column = wrong[0].tolist()
-                raise RuntimeError(f"what predicts data channel {unit} of pixel ({y}, {column}) depends on itself or on "
-                                   f"what comes after it (NaN from number {first + i} of {total} on reached it)")
+        for first in range(0, h * w * units, 64):
+            at = torch.arange(first, min(first + 64, h * w * units)).view(-1, 1, 1, 1)
+            own, unit = at // units, at % units
+            both = []
+            for other in (0.25, -0.75):  # in what is not known yet of the own pixel
+                hidden = (pixel == own) & (channel >= unit)
+                x = torch.where(pixel > own, math.nan, torch.where(hidden, other, 0.5)).expand(-1, c, -1, -1)
+                out = self.network(x.to(device, dtype), cond).unflatten(1, (units, -1)).cpu()
+                both.append(out.movedim(2, -1))
+            now = (pixel == own) & (channel == unit)
+            wrong = now & ~(both[0].isfinite() & (both[0] == both[1])).all(-1)
+            if wrong.any():
+                _, g, y, column = wrong.nonzero()[0].tolist()
+                raise RuntimeError(f"what predicts data channel {g} of pixel ({y}, {column}) depends on itself or on "
+                                   "what comes after it")
         return True

@@ -338,8 +338,10 @@ def masked_conv2d(x, weight, bias=None, mask_type="B", *, mask_order="raster", d
     computes in the dtype of its inputs. The backward pass keeps x, weight, bias and cond only; with a gate it computes
     z again.
 
-    A NaN or infinite pixel reaches exactly the outputs that see it. Errors: ``ValueError`` for shapes, even kernels, an
-    odd number of gated channels, options; ``TypeError`` for dtypes.
+    A NaN or infinite pixel reaches exactly the outputs that see it (with data channels, those that see any channel of
+    it: the order of channels is a matter of zeros in the weight, and zero times NaN is NaN).
+
+    Errors: ``ValueError`` for shapes, even kernels, an odd number of gated channels, options; ``TypeError`` for dtypes.
 
     Source: van den Oord et al., "Pixel Recurrent Neural Networks" (masks, order of colours) and "Conditional Image
     Generation with PixelCNN Decoders" (gate, conditioning, two stacks), both 2016; Dauphin et al., "Language Modeling
