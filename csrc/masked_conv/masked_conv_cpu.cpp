@@ -46,7 +46,7 @@ void pack_weights(const MaskedConv& a, const Panel& panel, const int16_t* place,
   }
 }
 
-template <class T, int vectors>
+template <int vectors, class T>
 __attribute__((noinline)) void panel_pixels(const Bands& s, const Band& band, const T* scratch, const T* weights,
                                             const T* bias, const Target<T>& to) {
   constexpr int n = simd<T>::n;
@@ -73,24 +73,24 @@ __attribute__((noinline)) void panel_pixels(const Bands& s, const Band& band, co
         }
       }
     }
-    finish(tile, to, acc);
+    finish<T>(tile, to, acc);
   }
 }
 
 template <class T, class S, class X>
 void one_panel(const MaskedConv& a, const Bands& s, const Band& band, const Panel& panel, const X* scratch,
-               const X* weights, const T* bias, T* buffer) {
+               const X* weights, const T* bias, X* buffer) {
   const int64_t gated = a.c_out / 2, channels = a.gate == kGate ? gated : a.c_out, second = panel.second ? gated : 0;
   const int64_t width = panel.vectors * simd<T>::n;
-  Target<T> to{};
+  Target<X> to{};
   to.gate = a.gate;
   to.identity = a.identity;
   to.count = panel.count;
   S* const out = static_cast<S*>(a.out);
-  const bool direct = kSame<T, S> && a.out_nhwc;
+  const bool direct = kSame<X, S> && a.out_nhwc;
   if (direct) {
     const int64_t pixel = (band.image * a.h + band.y) * a.w + band.x;
-    to.out = {reinterpret_cast<T*>(out) + pixel * channels + panel.channel, channels, a.w * channels, gated};
+    to.out = {reinterpret_cast<X*>(out) + pixel * channels + panel.channel, channels, a.w * channels, gated};
     to.out_count = panel.count;
   } else {
     to.out = {buffer, width, band.cols * width, panel.second};
@@ -107,22 +107,22 @@ void one_panel(const MaskedConv& a, const Bands& s, const Band& band, const Pane
     for (int64_t l = 0; l < width; ++l) shifted[l] += bias[l];
     bias = shifted;
   }
-  T* next = buffer;
-  if (a.cond_map) to.cond = lines_of<T, S>(a, s, band, panel, a.cond, a.cond_nhwc, a.c_out, second, next);
-  to.residual = lines_of<T, S>(a, s, band, panel, a.residual, a.residual_nhwc, channels, 0, next);
-  to.grad = lines_of<T, S>(a, s, band, panel, a.grad, a.grad_nhwc, gated, 0, next);
+  X* next = buffer;
+  if (a.cond_map) to.cond = lines_of<T, X, S>(a, s, band, panel, a.cond, a.cond_nhwc, a.c_out, second, next);
+  to.residual = lines_of<T, X, S>(a, s, band, panel, a.residual, a.residual_nhwc, channels, 0, next);
+  to.grad = lines_of<T, X, S>(a, s, band, panel, a.grad, a.grad_nhwc, gated, 0, next);
   switch (panel.vectors) {
     case 1:
-      panel_pixels<T, 1>(s, band, scratch, weights, bias, to);
+      panel_pixels<1>(s, band, scratch, weights, bias, to);
       break;
     case 2:
-      panel_pixels<T, 2>(s, band, scratch, weights, bias, to);
+      panel_pixels<2>(s, band, scratch, weights, bias, to);
       break;
     case 3:
-      panel_pixels<T, kThree>(s, band, scratch, weights, bias, to);
+      panel_pixels<kThree>(s, band, scratch, weights, bias, to);
       break;
     default:
-      panel_pixels<T, kVectors>(s, band, scratch, weights, bias, to);
+      panel_pixels<kVectors>(s, band, scratch, weights, bias, to);
   }
   if (direct) return;
   store_panel(s, band, to.out.at, width, out, a.out_nhwc, channels, panel.channel, panel.count);
@@ -148,9 +148,9 @@ Status run(const MaskedConv& a, int threads) {
   const int tensors = 1 + (a.cond && a.cond_map) + (a.residual != nullptr) + (a.grad != nullptr);
   // A thread's own: a band of x (before that, weights that are not pairs yet), and panels.
   const int64_t slots = (most(s.scratch(), kSame<T, X> ? 0 : k * kWidth<T>) + 31) / 32 * 32;
-  const int64_t own = tensors * ((s.pixels() * kWidth<T> + 15) / 16 * 16);
-  const Scratch<X> weights(count * panel_size), scratch(threads * slots);
-  const Scratch<T> bias(count * kWidth<T>), buffers(threads * own);
+  const int64_t own = tensors * ((s.pixels() * kWidth<T> + 31) / 32 * 32);
+  const Scratch<X> weights(count * panel_size), scratch(threads * slots), buffers(threads * own);
+  const Scratch<T> bias(count * kWidth<T>);
   const Scratch<int16_t> place(area);
   if (!weights.ok() || !bias.ok() || !scratch.ok() || !buffers.ok() || !place.ok()) return kOutOfMemory;
   for (int64_t t = 0; t < area; ++t) place.get()[t] = -1;

@@ -46,9 +46,9 @@ GMK_INLINE __m512i splat_pair(const bf16* p) {
 GMK_INLINE __m512i splat_last(const bf16* p) { return _mm512_set1_epi32(p->bits); }
 
 // As the panel_pixels of float32.
-template <class T, int vectors>
+template <int vectors>
 GMK_PAIRS __attribute__((noinline)) void panel_pixels(const Bands& s, const Band& band, const bf16* scratch,
-                                                      const bf16* weights, const T* bias, const Target<T>& to) {
+                                                      const bf16* weights, const float* bias, const Target<bf16>& to) {
   const int64_t pixels = band.pixels();
   int64_t y = 0, x = 0;
   for (int64_t first = 0; first < pixels; first += kTile) {
@@ -80,7 +80,7 @@ GMK_PAIRS __attribute__((noinline)) void panel_pixels(const Bands& s, const Band
         }
       }
     }
-    finish(tile, to, acc);
+    finish<float>(tile, to, acc);
   }
 }
 

@@ -118,11 +118,10 @@ GMK_PAIRS __attribute__((noinline)) void pair_products(const Bands& s, const Ban
   }
 }
 
-inline void pair_band(const Bands& s, const Band& band, const MaskedConvWeight& a, const int64_t* start,
-                      int64_t channel, int64_t count, int vectors, bf16* planes, bf16* panel, float* partial,
-                      int64_t pitch) {
+inline void pair_panel(const Bands& s, const Band& band, const MaskedConvWeight& a, const int64_t* start,
+                       int64_t channel, int64_t count, int vectors, const bf16* planes, bf16* panel, float* partial,
+                       int64_t pitch) {
   const int64_t rows = a.taps.count * a.c_in;
-  pack_planes(s, band, static_cast<const bf16*>(a.x), a.x_nhwc, planes);
   pair_grad(s, band, static_cast<const bf16*>(a.grad), a.grad_nhwc, a.c_out, channel, count, panel, vectors * kLanes);
   switch (vectors) {
     case 1:

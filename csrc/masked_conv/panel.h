@@ -43,18 +43,26 @@ template <class T>
 GMK_INLINE V<T> get(const T* p, int64_t count) {
   return count >= simd<T>::n ? load(p) : count > 0 ? load_some(p, count) : V<T>{};
 }
+GMK_INLINE void put(bf16* p, vfloat x, int64_t count) {
+  bf16 word[kLanes];
+  if (count > 0) store_float(count >= kLanes ? p : word, x);
+  if (count > 0 && count < kLanes) memcpy(p, word, size_t(count) * sizeof(bf16));
+}
+GMK_INLINE vfloat get(const bf16* p, int64_t count) {
+  return count >= kLanes ? load_float(p) : count > 0 ? load_float_some(p, count) : vfloat{};
+}
 
-// A tensor's part of a panel: in the tensor where its channels are adjacent and of type T, else in a panel buffer.
-template <class T>
+// A tensor's part of a panel: in the tensor where its channels are adjacent and of type X, else in a panel buffer of X.
+template <class X>
 struct Lines {
-  T* at;               // the band's first pixel; nullptr: no such tensor
+  X* at;               // the band's first pixel; nullptr: no such tensor
   int64_t pitch, row;  // from pixel to pixel, from band row to band row
   int64_t half;        // from the first half's channels to the second half's
 };
-template <class T>
+template <class X>
 struct Target {
-  Lines<T> out;
-  Lines<const T> cond, residual, grad;
+  Lines<X> out;
+  Lines<const X> cond, residual, grad;
   int64_t count, out_count;  // channels of a half that may be read, and written: buffers have room for whole words
   int gate;
   bool identity;
@@ -87,20 +95,20 @@ GMK_INLINE void next_tile(const Bands& s, const Band& band, const X* scratch, in
 }
 
 template <class T, int vectors, class X>
-GMK_INLINE void finish(const Tile<X>& tile, const Target<T>& to, V<T> (&acc)[kTile][vectors]) {
+GMK_INLINE void finish(const Tile<X>& tile, const Target<X>& to, V<T> (&acc)[kTile][vectors]) {
   constexpr int n = simd<T>::n;
   const auto at = [&](const auto& lines, int p) {
     return lines.at ? lines.at + tile.row[p] * lines.row + tile.column[p] * lines.pitch : nullptr;
   };
   constexpr int words = vectors > 1 ? vectors / 2 : 1;  // of half a panel
   for (int p = 0; p < tile.live; ++p) {
-    T* const out = at(to.out, p);
-    if (const T* const cond = at(to.cond, p))
+    X* const out = at(to.out, p);
+    if (const X* const cond = at(to.cond, p))
       for (int j = 0; j < vectors; ++j) {
         const int k = to.gate != kPlain && j >= words ? j - words : j;
         acc[p][j] += get(cond + (k < j ? to.cond.half : 0) + k * n, to.count - k * n);
       }
-    const T* const residual = at(to.residual, p);
+    const X* const residual = at(to.residual, p);
     if (to.gate == kPlain) {
       for (int j = 0; j < vectors; ++j) {
         if (residual) acc[p][j] += get(residual + j * n, to.count - j * n);
@@ -108,7 +116,7 @@ GMK_INLINE void finish(const Tile<X>& tile, const Target<T>& to, V<T> (&acc)[kTi
       }
       continue;
     }
-    const T* const grad = at(to.grad, p);
+    const X* const grad = at(to.grad, p);
     for (int j = 0; j < words; ++j) {
       const V<T> one = splat(T(1)), z = acc[p][j], f = to.identity ? z : vtanh(z);
       const V<T> g = vsigmoid(acc[p][vectors > 1 ? j + words : j]);
@@ -126,19 +134,19 @@ GMK_INLINE void finish(const Tile<X>& tile, const Target<T>& to, V<T> (&acc)[kTi
 }
 
 // What a tensor of `channels` adds to a panel: from `channel` on, and from `channel` + `second` where that is not 0.
-template <class T, class S>
-Lines<const T> lines_of(const MaskedConv& a, const Bands& s, const Band& band, const Panel& panel, const void* tensor,
-                        bool nhwc, int64_t channels, int64_t second, T*& buffer) {
+template <class T, class X, class S>
+Lines<const X> lines_of(const MaskedConv& a, const Bands& s, const Band& band, const Panel& panel, const void* tensor,
+                        bool nhwc, int64_t channels, int64_t second, X*& buffer) {
   const S* const x = static_cast<const S*>(tensor);
-  if (!x) return Lines<const T>{};
-  if constexpr (kSame<T, S>) {
+  if (!x) return Lines<const X>{};
+  if constexpr (kSame<X, S>) {
     const int64_t pixel = (band.image * a.h + band.y) * a.w + band.x;
     if (nhwc) return {x + pixel * channels + panel.channel, channels, a.w * channels, second};
   }
   const int64_t width = panel.vectors * simd<T>::n;
   load_panel(s, band, x, nhwc, channels, panel.channel, panel.count, buffer, width);
   if (second) load_panel(s, band, x, nhwc, channels, panel.channel + second, panel.count, buffer + panel.second, width);
-  const Lines<const T> lines{buffer, width, band.cols * width, panel.second};
+  const Lines<const X> lines{buffer, width, band.cols * width, panel.second};
   buffer += s.pixels() * kWidth<T>;
   return lines;
 }
