@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include "masked_conv/band.h"
+#include "masked_conv/pairs_weight.h"
 
 namespace gmk {
 namespace GMK_ISA_NS {
@@ -46,68 +47,114 @@ __attribute__((noinline)) void band_products(const Bands& s, const Band& band, c
   }
 }
 
-// partial: [taps * c_in + 1][pitch] of one group, this panel's columns; the last row is the bias.
+// partial: [taps * c_in + 1][pitch] of this panel's columns; the last row is the bias.
 template <class T, class S>
-void one_group(const MaskedConvWeight& a, const Bands& s, int64_t first, int64_t last, int64_t channel, T* scratch,
-               T* panel, T* partial, int64_t pitch) {
+void one_panel(const MaskedConvWeight& a, const Bands& s, const Band& band, int64_t channel, int64_t count, int vectors,
+               const T* scratch, T* panel, T* partial, int64_t pitch) {
   constexpr int n = simd<T>::n;
-  const int64_t count = least(kWidth<T>, a.c_out - channel), rows = a.taps.count * a.c_in;
-  const int vectors = int(ceil_div(count, n));
-  const int64_t width = vectors * n;
-  for (int64_t row = 0; row <= rows; ++row) memset(partial + row * pitch, 0, size_t(width) * sizeof(T));
-  if (count < width) memset(panel, 0, size_t(s.pixels() * width) * sizeof(T));
-  for (int64_t job = first; job < last; ++job) {
-    const Band band = band_of(s, job);
-    pack_band(s, band, static_cast<const S*>(a.x), a.x_nhwc, scratch);
-    load_panel(s, band, static_cast<const S*>(a.grad), a.grad_nhwc, a.c_out, channel, count, panel, width);
-    switch (vectors) {
-      case 1:
-        band_products<T, 1>(s, band, scratch, panel, partial, pitch);
-        break;
-      case 2:
-        band_products<T, 2>(s, band, scratch, panel, partial, pitch);
-        break;
-      case 3:
-        band_products<T, kThree>(s, band, scratch, panel, partial, pitch);
-        break;
-      default:
-        band_products<T, kVectors>(s, band, scratch, panel, partial, pitch);
-    }
-    for (int j = 0; j < vectors; ++j) {
-      V<T> sum{};
-      for (int64_t p = 0; p < band.pixels(); ++p) sum += load(panel + p * width + j * n);
-      T* const bias = partial + rows * pitch + j * n;
-      store(bias, load(bias) + sum);
-    }
+  const int64_t rows = a.taps.count * a.c_in, width = vectors * n;
+  if (count < width) memset(panel, 0, size_t(band.pixels() * width) * sizeof(T));
+  load_panel(s, band, static_cast<const S*>(a.grad), a.grad_nhwc, a.c_out, channel, count, panel, width);
+  switch (vectors) {
+    case 1:
+      band_products<T, 1>(s, band, scratch, panel, partial, pitch);
+      break;
+    case 2:
+      band_products<T, 2>(s, band, scratch, panel, partial, pitch);
+      break;
+    case 3:
+      band_products<T, kThree>(s, band, scratch, panel, partial, pitch);
+      break;
+    default:
+      band_products<T, kVectors>(s, band, scratch, panel, partial, pitch);
+  }
+  for (int j = 0; j < vectors; ++j) {
+    V<T> sum{};
+    for (int64_t p = 0; p < band.pixels(); ++p) sum += load(panel + p * width + j * n);
+    T* const bias = partial + rows * pitch + j * n;
+    store(bias, load(bias) + sum);
   }
 }
 
+// The sum of `groups` partial sums, from [taps][c_in][pitch] to weight[o][c_in][kernel] for `count` channels from o on.
+constexpr int64_t kOutputs = 16, kInputs = 64;
 template <class T, class S>
+void put_weights(const MaskedConvWeight& a, const T* partial, int64_t pitch, int64_t o, int64_t count) {
+  const int64_t kernel = int64_t(a.taps.kh) * a.taps.kw;
+  S* const weight = static_cast<S*>(a.weight) + o * a.c_in * kernel;
+  memset(weight, 0, size_t(count * a.c_in * kernel) * sizeof(S));  // dead taps stay so
+  for (int t = 0; t < a.taps.count; ++t)
+    for (int64_t c = 0; c < a.c_in; c += kInputs) {
+      const int64_t inputs = least(kInputs, a.c_in - c);
+      S block[kOutputs * kInputs];
+      transpose_out(partial + (t * a.c_in + c) * pitch + o, pitch, inputs, count, block, kInputs);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t k = 0; k < inputs; ++k)
+          weight[(i * a.c_in + c + k) * kernel + a.taps.index[t]] = block[i * kInputs + k];
+    }
+  if (a.bias) narrow(partial + a.taps.count * a.c_in * pitch + o, count, static_cast<S*>(a.bias) + o);
+}
+
+// T: of sums; S: of tensors; X: of factors, T or, where products are of pairs, S.
+template <class T, class S, class X = T>
 Status run(const MaskedConvWeight& a, int threads) {
-  S* const weight = static_cast<S*>(a.weight);
   const int64_t kernel = int64_t(a.taps.kh) * a.taps.kw, rows = a.taps.count * a.c_in;
-  if (a.c_in > 0) memset(weight, 0, size_t(a.c_out * a.c_in * kernel) * sizeof(S));  // dead taps stay so
-  if (a.bias) memset(a.bias, 0, size_t(a.c_out) * sizeof(S));
-  if (a.b <= 0 || a.h <= 0 || a.w <= 0) return kOk;
+  if (a.b <= 0 || a.h <= 0 || a.w <= 0) {
+    if (a.c_in > 0) memset(a.weight, 0, size_t(a.c_out * a.c_in * kernel) * sizeof(S));
+    if (a.bias) memset(a.bias, 0, size_t(a.c_out) * sizeof(S));
+    return kOk;
+  }
   const int64_t all = a.b * a.h * a.w, pitch = ceil_div(a.c_out, kWidth<T>) * kWidth<T>, panels = pitch / kWidth<T>;
   threads = team(all * (rows + 8) / 64 * pitch, threads);
   Bands s;
-  cut(s, a.taps, a.h, a.w, a.c_in, 128, (512 << 10) / int64_t(sizeof(T)));
+  cut(s, a.taps, a.h, a.w, a.c_in, 128, (512 << 10) / int64_t(sizeof(X)));
   const int64_t jobs = a.b * s.per_image();
   // Partial sums: at most 16, and together no larger than the tensors that are read.
   const int64_t groups = most(1, least(least(jobs, 16), all * (a.c_in + a.c_out) / ((rows + 1) * pitch)));
-  const int64_t slots = (s.scratch() + 15) / 16 * 16, own = slots + s.pixels() * kWidth<T>;
-  const Scratch<T> partial(groups * (rows + 1) * pitch), scratch(threads * own);
-  if (!partial.ok() || !scratch.ok()) return kOutOfMemory;
+  // Panels of a group share a band of x; they are worked on apart where there would be too few items for the threads.
+  const int64_t parts = groups >= 4 * threads ? 1 : panels;
+  // A row of pixels may end in half a pair.
+  const int64_t slots = (s.scratch() + 31) / 32 * 32, own = slots + s.rows * (s.cols + 1) * kWidth<T>;
+  const Scratch<T> partial(groups * (rows + 1) * pitch);
+  const Scratch<X> scratch(threads * own);
+  const Scratch<int64_t> start(rows);  // of a weight's first factor in planes
+  if (!partial.ok() || !scratch.ok() || !start.ok()) return kOutOfMemory;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int tap = int(row / a.c_in);
+    const int64_t y = tap_dy(a.taps, tap) - s.top, x = tap_dx(a.taps, tap) - s.left;
+    start.get()[row] = (row % a.c_in * (s.rows + s.halo_y) + y) * s.pitch + x;
+  }
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    T* const mine = scratch.get() + omp_get_thread_num() * own;
-    memset(mine, 0, size_t(s.scratch()) * sizeof(T));
+    X* const mine = scratch.get() + omp_get_thread_num() * own;
+    memset(mine, 0, size_t(s.scratch()) * sizeof(X));
+    X* const buffer = mine + slots;
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < groups * panels; ++item) {
-      const int64_t group = item / panels, panel = item % panels;
-      one_group<T, S>(a, s, jobs * group / groups, jobs * (group + 1) / groups, panel * kWidth<T>, mine, mine + slots,
-                      partial.get() + group * (rows + 1) * pitch + panel * kWidth<T>, pitch);
+    for (int64_t item = 0; item < groups * parts; ++item) {
+      const int64_t group = item / parts, part = item % parts;
+      const int64_t o = pitch / kWidth<T> * part / parts * kWidth<T>;
+      const int64_t end = pitch / kWidth<T> * (part + 1) / parts * kWidth<T>;
+      T* const sums = partial.get() + group * (rows + 1) * pitch;
+      for (int64_t row = 0; row <= rows; ++row) memset(sums + row * pitch + o, 0, size_t(end - o) * sizeof(T));
+      for (int64_t job = jobs * group / groups; job < jobs * (group + 1) / groups; ++job) {
+        const Band band = band_of(s, job);
+#ifdef GMK_PAIRS
+        if constexpr (!kSame<T, X>)
+          pack_planes(s, band, static_cast<const S*>(a.x), a.x_nhwc, mine);
+        else
+#endif
+          pack_band(s, band, static_cast<const S*>(a.x), a.x_nhwc, mine);
+        for (int64_t channel = o; channel < end; channel += kWidth<T>) {
+          const int64_t count = least(kWidth<T>, a.c_out - channel);
+          const int vectors = int(ceil_div(count, simd<T>::n));
+#ifdef GMK_PAIRS
+          if constexpr (!kSame<T, X>)
+            pair_panel(s, band, a, start.get(), channel, count, vectors, mine, buffer, sums + channel, pitch);
+          else
+#endif
+            one_panel<T, S>(a, s, band, channel, count, vectors, mine, buffer, sums + channel, pitch);
+        }
+      }
     }
 #pragma omp for schedule(static)
     for (int64_t row = 0; row <= rows; ++row) {
@@ -116,13 +163,8 @@ Status run(const MaskedConvWeight& a, int threads) {
         for (int64_t o = 0; o < a.c_out; ++o) sum[o] += sum[group * (rows + 1) * pitch + o];
     }
 #pragma omp for schedule(static)
-    for (int64_t o = 0; o < a.c_out; ++o) {
-      S* const dst = weight + o * a.c_in * kernel;
-      for (int64_t c = 0; c < a.c_in; ++c)
-        for (int t = 0; t < a.taps.count; ++t)
-          narrow(partial.get() + (t * a.c_in + c) * pitch + o, 1, dst + c * kernel + a.taps.index[t]);
-      if (a.bias) narrow(partial.get() + rows * pitch + o, 1, static_cast<S*>(a.bias) + o);
-    }
+    for (int64_t o = 0; o < a.c_out; o += kOutputs)
+      put_weights<T, S>(a, partial.get(), pitch, o, least(kOutputs, a.c_out - o));
   }
   return kOk;
 }
@@ -135,6 +177,9 @@ Status backward_weight(const MaskedConvWeight& a, int threads) {
     case kFloat64:
       return run<double, double>(a, threads);
     case kBFloat16:
+#ifdef GMK_PAIRS
+      if (has_pairs()) return run<float, bf16, bf16>(a, threads);
+#endif
       return run<float, bf16>(a, threads);
     case kFloat16:
       return run<float, f16>(a, threads);
