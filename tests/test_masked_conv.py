@@ -185,7 +185,7 @@ def test_any_shape(sizes, kernel, dilation, mask_type, gate, nhwc, bias):
 def test_any_list_of_taps(device, taps, dilation):
     """What a boolean mask will need: taps that are adjacent across a row's end, gaps, taps after the centre."""
     x, weight, bias = problem(1, 3, 4, 3, 5, 3, device=device.torch, grad=True)
-    out = torch.ops.gmkernels.masked_conv2d(x, weight, bias, None, None, taps, dilation, GATE)
+    out = torch.ops.gmkernels.masked_conv2d(x, weight, bias, None, None, taps, dilation, GATE, False)[0]
     want = RASTER.masked_conv2d(x.double(), weight.double(), bias.double(), None, None, taps, dilation, GATE)
     near(out, want)
     wanted = torch.autograd.grad(want.sum(), (x, weight, bias), allow_unused=True)
@@ -338,13 +338,15 @@ def test_opcheck(gate):
     grad = cases.data(1, 4, 3, 4, dtype=torch.float32, grad=True)
     half = grad[:, :2].detach().requires_grad_()
     residual = half if gate else grad
-    torch.library.opcheck(lib.masked_conv2d.default, (x, weight, bias, grad[..., 0, 0], residual, taps, dilation, gate))
+    torch.library.opcheck(lib.masked_conv2d.default, (x, weight, bias, grad[..., 0, 0], residual, taps, dilation,
+                                                      gate, gate is not None))
     torch.library.opcheck(lib.masked_conv2d.default, (x.detach().to(memory_format=torch.channels_last), weight, None,
-                                                      grad, None, taps, dilation, gate))
+                                                      grad, None, taps, dilation, gate, False))
     torch.library.opcheck(lib.masked_conv2d_backward_input.default, (grad, weight, taps, dilation))
     torch.library.opcheck(lib.masked_conv2d_backward_weight.default, (grad, x, 3, 3, taps, dilation))
     torch.library.opcheck(lib.masked_conv2d_gate_backward.default,
                           (half, x, weight, bias, grad, taps, dilation, gate or "identity_sigmoid"))
+    torch.library.opcheck(lib.gate_backward.default, (half, grad, gate or "identity_sigmoid"))
 
 
 @pytest.mark.parametrize("kernel, gate, nhwc, backend", [
@@ -521,12 +523,23 @@ def test_huge_dilation(device):
     near(out, centre)
 
 
-def test_nothing_large_is_kept_for_backward():
+@pytest.mark.parametrize("gate", [None, GATE])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_is_kept_for_backward(gate, recompute, kernel_calls):
     x, weight, bias = problem(1, 4, 8, 6, 7, 3, grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
-        ops.masked_conv2d(x, weight, bias, gate=GATE)
-    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, weight, bias)}
+        out = ops.masked_conv2d(x, weight, bias, gate=gate, recompute=recompute)
+    inputs = [x, weight, bias] if gate and recompute else [x, weight]
+    large = [t for t in kept if t.data_ptr() not in {i.data_ptr() for i in inputs}]
+    assert [t.shape for t in large] == ([(1, 8, 6, 7)] if gate and not recompute else [])
+    grads = torch.autograd.grad(out.square().sum(), (x, weight, bias))
+    assert kernel_calls.count("gate_backward") == len(large)
+    other = ops.masked_conv2d(x, weight, bias, gate=gate, recompute=not recompute)
+    for g, r in zip(grads, torch.autograd.grad(other.square().sum(), (x, weight, bias)), strict=True):
+        torch.testing.assert_close(g, r)
+    with torch.no_grad():
+        assert torch.equal(ops.masked_conv2d(x, weight, bias, gate=gate), out)
 
 
 def test_isas_agree():

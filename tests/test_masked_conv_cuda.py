@@ -39,7 +39,7 @@ def check_sum(got, want, size):
 def check_convolution(x, weight, bias, taps, dilation=(1, 1)):
     """Forward and the three gradients without a gate, each against its sum in float64."""
     x, weight, bias = (t.detach().requires_grad_() for t in (x, weight, bias))
-    out = torch.ops.gmkernels.masked_conv2d(x, weight, bias, None, None, taps, dilation, None)
+    out = torch.ops.gmkernels.masked_conv2d(x, weight, bias, None, None, taps, dilation, None, False)[0]
     assert out.dtype is x.dtype
     grad = cases.data(*out.shape, dtype=x.dtype, device=x.device, seed=4)
     got = (out, *torch.autograd.grad(out, (x, weight, bias), grad.to(memory_format=torch.preserve_format)))
@@ -223,7 +223,7 @@ def test_the_workspace_is_checked(device):
     x, weight, bias = problem(1, 3, 4, 3, 5, 3, device=device.torch)
     out, workspace = torch.empty(1, 4, 3, 5, device=x.device), torch.empty(64 * 16, device=x.device)
     with pytest.raises(RuntimeError, match="the workspace is too small"):
-        module._forward((out, workspace), (x, weight, bias, None, None, None), [1, 3, 4, 3, 5], [0, 1, 2, 3],
+        module._forward((out, None, workspace), (x, weight, bias, None, None, None), [1, 3, 4, 3, 5], [0, 1, 2, 3],
                         [3, 3, 1, 1], False, [False] * 5, 0, False, False, 0, workspace.numel())
 
 

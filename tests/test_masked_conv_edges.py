@@ -27,7 +27,7 @@ def test_a_chunk_that_is_not_full_reads_no_other_weight(device):
     x, weight, bias = problem(1, 1, 3, 2, 3, 3, device=device.torch)
     weight[:, :, 0, 0] = math.nan
     want = RASTER.masked_conv2d(x.double(), weight.double(), bias.double(), None, None, [4], (1, 1), None)
-    near(torch.ops.gmkernels.masked_conv2d(x, weight, bias, None, None, [4], (1, 1), None), want)
+    near(torch.ops.gmkernels.masked_conv2d(x, weight, bias, None, None, [4], (1, 1), None, False)[0], want)
 
 
 @pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
@@ -57,7 +57,7 @@ def launch(sizes, dtype=FLOAT):
     backend = pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
     out, nothing = torch.full((128,), math.nan, dtype=dtype), torch.empty(0, dtype=dtype)
     with backend.running(blocks=[0]):
-        module._forward((out, None), (nothing, nothing, *[None] * 4), sizes, [], [1, 1, 1, 1], False, [False] * 5,
+        module._forward((out, None, None), (nothing, nothing, *[None] * 4), sizes, [], [1, 1, 1, 1], False, [False] * 5,
                         0, False, False, module.DTYPE_CODE[dtype], 0)
     return out
 
@@ -87,7 +87,7 @@ def test_smallest_workspace_in_the_emulator():
 
     def run(size):
         with backend.running():
-            module._forward((out, torch.empty(size)), (x, weight, bias, *[None] * 3), [1, 3, 4, 1, 5], [0, 1],
+            module._forward((out, None, torch.empty(size)), (x, weight, bias, *[None] * 3), [1, 3, 4, 1, 5], [0, 1],
                             [1, 3, 1, 1], False, [False] * 5, 0, False, False, 0, size)
 
     with pytest.raises(RuntimeError, match="the workspace is too small"):

@@ -54,8 +54,8 @@ def test_packed_weights_simt():
     size = module._packed_size(1, channels, [0], module._PLAIN, BF16)
     out, workspace = huge.empty((1, channels, 1, 1), BF16), huge.empty((size,), BF16)
     with backend.running(blocks=[-1]):
-        module._forward((out, workspace), (x, weight, *[None] * 4), [1, 1, channels, 1, 1], [0], [1, 1, 1, 1], False,
-                        [False] * 5, module._PLAIN, False, False, module.DTYPE_CODE[BF16], size)
+        module._forward((out, None, workspace), (x, weight, *[None] * 4), [1, 1, channels, 1, 1], [0],
+                        [1, 1, 1, 1], False, [False] * 5, module._PLAIN, False, False, module.DTYPE_CODE[BF16], size)
         at = backend.written(workspace)
     at = torch.cat([at[:256], at[-256:]])
     assert at[-1] >= 2**31

@@ -4,12 +4,14 @@
 
 #include "core/dispatch.h"
 #include "core/tensor_args.h"
+#include "masked_conv/gate.h"
 #include "masked_conv/masked_conv.h"
 
 namespace gmk {
 
 GMK_ISA_TABLES(MaskedConvKernels, masked_conv_kernels)
 GMK_ISA_TABLES(MaskedConvWeightKernels, masked_conv_weight_kernels)
+GMK_ISA_TABLES(GateKernels, gate_kernels)
 
 using Ints = std::vector<std::int64_t>;
 
@@ -31,10 +33,10 @@ static Taps taps_of(const Ints& index, const Ints& kernel, bool negated) {
   return t;
 }
 
-static MaskedConv masked_conv2d(Address out, Address workspace, Address x, Address weight, Address bias, Address cond,
-                                Address residual, Address grad, const Ints& size, const Ints& taps, const Ints& kernel,
-                                bool transposed, const Ints& nhwc, int gate, bool identity, bool cond_map, int dtype,
-                                std::int64_t workspace_size) {
+static MaskedConv masked_conv2d(Address out, Address z, Address workspace, Address x, Address weight, Address bias,
+                                Address cond, Address residual, Address grad, const Ints& size, const Ints& taps,
+                                const Ints& kernel, bool transposed, const Ints& nhwc, int gate, bool identity,
+                                bool cond_map, int dtype, std::int64_t workspace_size) {
   MaskedConv a{};
   a.b = size.at(0);
   a.c_in = size.at(1);
@@ -47,6 +49,7 @@ static MaskedConv masked_conv2d(Address out, Address workspace, Address x, Addre
   a.weight_in = transposed ? a.c_out * area : area;
   const std::int64_t gated = a.c_out / 2;
   a.out = pointer(out, pixels * (gate == kGate ? gated : a.c_out), "out");
+  a.z = optional_pointer(z);
   a.workspace = pointer(workspace, workspace_size, "workspace");
   a.workspace_size = workspace_size;
   a.x = pointer(x, pixels * a.c_in, "x");
@@ -89,10 +92,24 @@ static MaskedConvWeight masked_conv2d_backward_weight(Address weight, Address bi
   return a;
 }
 
+static GateGradient gate_backward(Address out, Address grad, Address z, std::int64_t rows, std::int64_t n,
+                                  bool identity, int dtype) {
+  GateGradient a{};
+  a.out = pointer(out, 2 * rows * n, "out");
+  a.grad = pointer(grad, rows * n, "grad");
+  a.z = pointer(z, 2 * rows * n, "z");
+  a.rows = rows;
+  a.n = n;
+  a.identity = identity;
+  a.dtype = dtype;
+  return a;
+}
+
 void bind_masked_conv(py::module_& m) {
   bind_op(m, "masked_conv2d", masked_conv2d, GMK_CPU(masked_conv_kernels().forward), GMK_CUDA(masked_conv2d_cuda));
   bind_op(m, "masked_conv2d_backward_weight", masked_conv2d_backward_weight,
           GMK_CPU(masked_conv_weight_kernels().backward_weight), GMK_CUDA(masked_conv2d_backward_weight_cuda));
+  bind_op(m, "gate_backward", gate_backward, GMK_CPU(gate_kernels().backward), GMK_CUDA(gate_backward_cuda));
 }
 
 }  // namespace gmk

@@ -283,6 +283,17 @@ GMK_DEV void finish(const MaskedConv& a, const Sum<T>* staged, int threads, int6
         if (has_c) z[e] += cond(p, c);
         if (has_d) other[e] += cond(p, d);
       }
+    }
+    if (a.z) {
+      const Target kept{a.c_out, area, pixels, first_pixel, even && aligned(a.z, sizeof(T) * N)};
+      store<T, N, nhwc>(static_cast<T*>(a.z), kept, pixel, first + step, end, z);
+      store<T, N, nhwc>(static_cast<T*>(a.z), kept, pixel, second + step, a.c_out, other);
+    }
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      const int v = nhwc ? e : line;
+      const int64_t c = first + v, d = second + v, p = nhwc ? pixel : pixel + e;
+      const bool has_c = c < end, has_d = d < a.c_out, has_p = p < pixels;
       const Beside<T> residual{a.residual, out.channels, area, true, a.residual_nhwc};
       const bool has_residual = a.residual && has_p && a.gate != kGateGradient;
       if (plain) {

@@ -30,6 +30,7 @@ GMK_HD int64_t tap_dx(const Taps& t, int i) { return int64_t(t.sign) * (t.index[
 // Tensors are [b, c, h, w]; nhwc says that one is stored as [b, h, w, c].
 struct MaskedConv {
   void* out;
+  void* z;               // kGate: also out, what enters the gate, c_out channels in the format of out; or nullptr
   void* workspace;       // CUDA: weight in the order of its tiles (ops/masked_conv.py says how large); else nullptr
   const void* x;         // c_in channels
   const void* weight;    // element (o, i, t) at o * weight_out + i * weight_in + t

@@ -86,17 +86,17 @@ void one_panel(const MaskedConv& a, const Bands& s, const Band& band, const Pane
   to.gate = a.gate;
   to.identity = a.identity;
   to.count = panel.count;
-  S* const out = static_cast<S*>(a.out);
   const bool direct = kSame<X, S> && a.out_nhwc;
-  if (direct) {
+  const auto result = [&](void* tensor, int64_t all) {
     const int64_t pixel = (band.image * a.h + band.y) * a.w + band.x;
-    to.out = {reinterpret_cast<X*>(out) + pixel * channels + panel.channel, channels, a.w * channels, gated};
-    to.out_count = panel.count;
-  } else {
-    to.out = {buffer, width, band.cols * width, panel.second};
-    to.out_count = width;
+    if (direct) return Lines<X>{static_cast<X*>(tensor) + pixel * all + panel.channel, all, a.w * all, gated};
+    const Lines<X> lines{buffer, width, band.cols * width, panel.second};
     buffer += s.pixels() * kWidth<T>;
-  }
+    return lines;
+  };
+  to.out_count = direct ? panel.count : width;
+  to.out = result(a.out, channels);
+  if (a.z) to.z = result(a.z, a.c_out);
   T shifted[kWidth<T>];
   if (a.cond && !a.cond_map) {
     T* more = shifted;
@@ -125,10 +125,14 @@ void one_panel(const MaskedConv& a, const Bands& s, const Band& band, const Pane
       panel_pixels<kVectors>(s, band, scratch, weights, bias, to);
   }
   if (direct) return;
-  store_panel(s, band, to.out.at, width, out, a.out_nhwc, channels, panel.channel, panel.count);
-  if (a.gate == kGateGradient)
-    store_panel(s, band, to.out.at + panel.second, width, out, a.out_nhwc, channels, gated + panel.channel,
-                panel.count);
+  const auto bring = [&](void* tensor, const X* from, int64_t all, int64_t channel) {
+    store_panel(s, band, from, width, static_cast<S*>(tensor), a.out_nhwc, all, channel, panel.count);
+  };
+  bring(a.out, to.out.at, channels, panel.channel);
+  if (a.gate == kGateGradient) bring(a.out, to.out.at + panel.second, channels, gated + panel.channel);
+  if (!a.z) return;
+  bring(a.z, to.z.at, a.c_out, panel.channel);
+  bring(a.z, to.z.at + panel.second, a.c_out, gated + panel.channel);
 }
 
 // T: of sums; S: of tensors; X: of factors, T or, where products are of pairs, S.
@@ -145,7 +149,7 @@ Status run(const MaskedConv& a, int threads) {
   if constexpr (!kSame<T, X>) rows = paired_rows(s);
 #endif
   const int64_t count = panels<T>(a), panel_size = rows * kWidth<T>, jobs = a.b * s.per_image();
-  const int tensors = 1 + (a.cond && a.cond_map) + (a.residual != nullptr) + (a.grad != nullptr);
+  const int tensors = 1 + (a.z != nullptr) + (a.cond && a.cond_map) + (a.residual != nullptr) + (a.grad != nullptr);
   // A thread's own: a band of x (before that, weights that are not pairs yet), and panels.
   const int64_t slots = (most(s.scratch(), kSame<T, X> ? 0 : k * kWidth<T>) + 31) / 32 * 32;
   const int64_t own = tensors * ((s.pixels() * kWidth<T> + 31) / 32 * 32);

@@ -61,7 +61,7 @@ struct Lines {
 };
 template <class X>
 struct Target {
-  Lines<X> out;
+  Lines<X> out, z;
   Lines<const X> cond, residual, grad;
   int64_t count, out_count;  // channels of a half that may be read, and written: buffers have room for whole words
   int gate;
@@ -116,6 +116,11 @@ GMK_INLINE void finish(const Tile<X>& tile, const Target<X>& to, V<T> (&acc)[kTi
       }
       continue;
     }
+    if (X* const z = at(to.z, p))
+      for (int j = 0; j < vectors; ++j) {
+        const int k = j < words ? j : j - words;
+        put(z + (k < j ? to.z.half : 0) + k * n, acc[p][j], to.out_count - k * n);
+      }
     const X* const grad = at(to.grad, p);
     for (int j = 0; j < words; ++j) {
       const V<T> one = splat(T(1)), z = acc[p][j], f = to.identity ? z : vtanh(z);

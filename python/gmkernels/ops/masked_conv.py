@@ -22,6 +22,7 @@ from .._call import (
 from .masked_conv_masks import check_mask, live_taps, ordered_weight
 
 _forward = Kernel("masked_conv2d", scratch=1)
+_gate = Kernel("gate_backward")
 _weight = Kernel("masked_conv2d_backward_weight", scratch=1)
 _PLAIN, _GATE, _GATE_GRADIENT = 0, 1, 2  # csrc/masked_conv/masked_conv.h
 _DTYPES = tuple(DTYPE_CODE)
@@ -100,9 +101,9 @@ def _packed_size(c_in, c_out, taps, gate, dtype):
     return -(-columns // 64) * 64 * -(-len(taps) * c_in // group) * group * (2 if dtype is torch.float32 else 1)
 
 
-def _convolve(out, x, weight, bias, taps, dilation, gate=None, *, cond=None, residual=None, grad=None,
+def _convolve(out, x, weight, bias, taps, dilation, gate=None, *, z=None, cond=None, residual=None, grad=None,
               transposed=False):
-    """With `grad`: the gradient of the gate."""
+    """z: filled with what enters the gate. With `grad`: the gradient of the gate."""
     x, weight, cond, residual, grad = _dense(x), weight.contiguous(), _dense(cond), _dense(residual), _dense(grad)
     bias = None if bias is None else bias.contiguous()
     c_out = weight.shape[1 if transposed else 0]
@@ -112,39 +113,53 @@ def _convolve(out, x, weight, bias, taps, dilation, gate=None, *, cond=None, res
     kind = _PLAIN if gate is None else _GATE if grad is None else _GATE_GRADIENT
     size = _packed_size(c_in, c_out, taps, kind, x.dtype) if _on_cuda(x) else 0
     workspace = x.new_empty(size) if size else None
-    _forward((out, workspace), (x, weight, bias, cond, residual, grad), [b, c_in, c_out, h, w], taps,
+    _forward((out, z, workspace), (x, weight, bias, cond, residual, grad), [b, c_in, c_out, h, w], taps,
              [*weight.shape[2:], *dilation], transposed, nhwc, kind, gate == "identity_sigmoid",
              cond is not None and cond.dim() == 4, DTYPE_CODE[x.dtype], size)
 
 
-def _outputs(x, weight, bias, cond, residual, taps, dilation, gate, out=None):
+def _outputs(x, weight, bias, cond, residual, taps, dilation, gate, keep, out=None):
     _check(x, weight, bias, cond, residual, taps, gate)
-    return _like(x, weight.shape[0] // (2 if gate else 1), out)
+    out = _like(x, weight.shape[0] // (2 if gate else 1), None if out is None else out[0])
+    return out, _like(out, weight.shape[0]) if keep else x.new_empty((0,))
 
 
-def _launch(out, x, weight, bias, cond, residual, taps, dilation, gate):
-    _convolve(out, x, weight, bias, taps, dilation, gate, cond=cond, residual=residual)
+def _launch(outs, x, weight, bias, cond, residual, taps, dilation, gate, keep):
+    _convolve(outs[0], x, weight, bias, taps, dilation, gate, z=outs[1] if keep else None, cond=cond,
+              residual=residual)
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias, cond, _, ctx.taps, ctx.dilation, ctx.gate = inputs
+    x, weight, bias, cond, _, ctx.taps, ctx.dilation, ctx.gate, ctx.keep = inputs
+    ctx.set_materialize_grads(False)
     ctx.per_image = cond is not None and cond.dim() == 2
-    if ctx.gate is None:  # the gradients for bias and cond are those of z, whatever their values
+    if ctx.gate is None or ctx.keep:  # the gradients for bias and cond are those of z, whatever their values
         bias = cond = None
-    ctx.save_for_backward(x, weight, bias, cond)
+    ctx.save_for_backward(x, weight, bias, cond, output[1] if ctx.keep else None)
 
 
-def _backward(ctx, grad):
-    x, weight, bias, cond = ctx.saved_tensors
+def _backward(ctx, grad, grad_z):
+    x, weight, bias, cond, z = ctx.saved_tensors
     needed = ctx.needs_input_grad
+    nothing = (None,) * 9
+    grad_z = grad_z if ctx.keep else None  # else of the empty tensor
+    if grad is None and grad_z is None:
+        return nothing
     residual = grad if needed[4] else None
     dx = dw = db = None
-    if any(needed[:4]) and ctx.gate is not None:
-        grad = _gate_op(grad, x, weight, bias, cond, ctx.taps, ctx.dilation, ctx.gate)
+    if not any(needed[:4]):
+        return (*nothing[:4], residual, *nothing[5:])
+    if grad is not None and ctx.gate is not None:
+        if ctx.keep:
+            grad = _gate_kept_op(grad, z, ctx.gate)
+        else:
+            grad = _gate_op(grad, x, weight, bias, cond, ctx.taps, ctx.dilation, ctx.gate)
+    if grad_z is not None:  # only a second derivative sees z
+        grad = grad_z if grad is None else grad + grad_z
     if any(needed[:3]):
         dx, dw, db = _gradients(needed, grad, x, weight, ctx.taps, ctx.dilation)
     dcond = (grad.sum((2, 3)) if ctx.per_image else grad) if needed[3] else None
-    return dx, dw, db, dcond, residual, None, None, None
+    return dx, dw, db, dcond, residual, *nothing[5:]
 
 
 def _gradients(needed, grad, x, weight, taps, dilation):
@@ -158,15 +173,19 @@ def _gradients(needed, grad, x, weight, taps, dilation):
 
 _op = Op(
     "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? cond, Tensor? residual, int[] taps, int[] dilation,"
-    " str? gate) -> Tensor",
+    " str? gate, bool keep) -> (Tensor, Tensor)",
     outputs=_outputs,
     launch=_launch,
-    reference=_ref.masked_conv2d,
+    reference=_ref.masked_conv2d_and_z,
     kernel=_forward,
     dtypes=_DTYPES,
     setup=_setup,
     backward=_backward,
 )
+
+
+def _plain(x, weight, bias, taps, dilation, cond=None):
+    return _op(x, weight, bias, cond, None, taps, dilation, None, False)[0]
 
 
 def _input_setup(ctx, inputs, output):
@@ -176,7 +195,7 @@ def _input_setup(ctx, inputs, output):
 
 def _input_backward(ctx, gg):
     grad, weight = ctx.saved_tensors
-    dgrad = _op(gg, weight, None, None, None, ctx.taps, ctx.dilation, None) if ctx.needs_input_grad[0] else None
+    dgrad = _plain(gg, weight, None, ctx.taps, ctx.dilation) if ctx.needs_input_grad[0] else None
     dweight = None
     if ctx.needs_input_grad[1]:
         dweight, _ = _weight_op(grad, gg, *weight.shape[2:], ctx.taps, ctx.dilation)
@@ -221,7 +240,7 @@ def _weight_setup(ctx, inputs, output):
 
 def _weight_backward(ctx, ggw, ggb):
     grad, x = ctx.saved_tensors
-    dgrad = _op(x, ggw, ggb, None, None, ctx.taps, ctx.dilation, None) if ctx.needs_input_grad[0] else None
+    dgrad = _plain(x, ggw, ggb, ctx.taps, ctx.dilation) if ctx.needs_input_grad[0] else None
     dx = _input_op(grad, ggw, ctx.taps, ctx.dilation) if ctx.needs_input_grad[1] else None
     return dgrad, dx, None, None, None, None
 
@@ -239,6 +258,52 @@ _weight_op = Op(
 )
 
 
+def _of_gate(grad, gg, a, b, gate):
+    """The derivatives of <gg, gate gradient> by grad and by z = (a, b)."""
+    ga, gb = gg.chunk(2, 1)
+    s = torch.sigmoid(b)
+    ds, dds = s * (1 - s), s * (1 - s) * (1 - 2 * s)
+    if gate == "tanh_sigmoid":
+        f = torch.tanh(a)
+        df = 1 - f * f
+        mixed = gb * df * ds
+        dz = torch.cat((grad * (mixed - 2 * ga * f * df * s), grad * (ga * df * ds + gb * f * dds)), 1)
+    else:
+        f, df = a, 1
+        dz = torch.cat((grad * gb * ds, grad * (ga * ds + gb * a * dds)), 1)
+    return ga * df * s + gb * f * ds, dz
+
+
+def _gate_kept_launch(out, grad, z, gate):
+    last = _nhwc(z)
+    grad = grad.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    b, c, h, w = grad.shape
+    rows, n = (b * h * w, c) if last else (b, c * h * w)
+    _gate((out,), (grad, _dense(z)), rows, n, gate == "identity_sigmoid", DTYPE_CODE[z.dtype])
+
+
+def _gate_kept_setup(ctx, inputs, output):
+    grad, z, ctx.gate = inputs
+    ctx.save_for_backward(grad, z)
+
+
+def _gate_kept_backward(ctx, gg):
+    grad, z = ctx.saved_tensors
+    return (*_of_gate(grad, gg, *z.chunk(2, 1), ctx.gate), None)
+
+
+_gate_kept_op = Op(
+    "gate_backward(Tensor grad, Tensor z, str gate) -> Tensor",
+    outputs=lambda grad, z, gate, out=None: _like(z, z.shape[1], out),
+    launch=_gate_kept_launch,
+    reference=_ref.gate_backward,
+    kernel=_gate,
+    dtypes=_DTYPES,
+    setup=_gate_kept_setup,
+    backward=_gate_kept_backward,
+)
+
+
 def _gate_setup(ctx, inputs, output):
     grad, x, weight, bias, cond, ctx.taps, ctx.dilation, ctx.gate = inputs
     ctx.save_for_backward(grad, x, weight, bias, cond)
@@ -247,19 +312,8 @@ def _gate_setup(ctx, inputs, output):
 def _gate_backward(ctx, gg):
     grad, x, weight, bias, cond = ctx.saved_tensors
     needed = ctx.needs_input_grad
-    a, b = _op(x, weight, bias, cond, None, ctx.taps, ctx.dilation, None).chunk(2, 1)
-    ga, gb = gg.chunk(2, 1)
-    s = torch.sigmoid(b)
-    ds, dds = s * (1 - s), s * (1 - s) * (1 - 2 * s)
-    if ctx.gate == "tanh_sigmoid":
-        f = torch.tanh(a)
-        df = 1 - f * f
-        mixed = gb * df * ds
-        dz = torch.cat((grad * (mixed - 2 * ga * f * df * s), grad * (ga * df * ds + gb * f * dds)), 1)
-    else:
-        f, df = a, 1
-        dz = torch.cat((grad * gb * ds, grad * (ga * ds + gb * a * dds)), 1)
-    dgrad = ga * df * s + gb * f * ds
+    a, b = _plain(x, weight, bias, ctx.taps, ctx.dilation, cond).chunk(2, 1)
+    dgrad, dz = _of_gate(grad, gg, a, b, ctx.gate)
     dcond = (dz if cond.dim() == 4 else dz.sum((2, 3))) if needed[4] else None
     gradients = _gradients(needed[1:], dz, x, weight, ctx.taps, ctx.dilation)
     return (dgrad, *gradients, dcond, None, None, None)
@@ -306,7 +360,7 @@ def _pointwise(x, weight, bias):
 
 
 def masked_conv2d(x, weight, bias=None, mask_type="B", *, mask_order="raster", data_channels=1, gate=None, cond=None,
-                  residual=None, dilation=1, out=None):
+                  residual=None, dilation=1, recompute=False, out=None):
     r"""Convolution in which an output pixel sees only pixels before it in some order ("same" padding, stride 1).
 
     ``z[b, o, p] = bias[o] + cond[b, o, p] + sum_{t, i} weight[o, i, t] x[b, i, p + offset(t)]`` over the live taps
@@ -329,14 +383,16 @@ def masked_conv2d(x, weight, bias=None, mask_type="B", *, mask_order="raster", d
         cond: what conditions z: a vector for each image, ``[b, c_out]``, or a map, ``[b, c_out, h, w]``, or None.
         residual: added to the output, of its shape, or None.
         dilation: an int or a pair (down, across).
+        recompute: with a gate, compute z again in backward instead of keeping it: a third more time, a third of the
+            memory.
         out: a contiguous tensor to write into (no gradients then).
 
     Returns ``[b, c_out, h, w]``, or ``[b, c_out / 2, h, w]`` with a gate.
 
     float32, float64, bfloat16 and float16 have kernels; sums of the half types are float32, and one rounding at the
     end. A 1x1 convolution with its centre alone, without gate, cond and residual, is torch's own. Under autocast the op
-    computes in the dtype of its inputs. The backward pass keeps x, weight, bias and cond only; with a gate it computes
-    z again.
+    computes in the dtype of its inputs. The backward pass keeps x and weight, and with a gate z, or with
+    ``recompute=True`` bias and cond instead.
 
     A NaN or infinite pixel reaches exactly the outputs that see it (with data channels, those that see any channel of
     it: the order of channels is a matter of zeros in the weight, and zero times NaN is NaN).
@@ -383,4 +439,7 @@ def masked_conv2d(x, weight, bias=None, mask_type="B", *, mask_order="raster", d
             return result
         _op._no_grad_into(out, (x, weight, bias))
         return _copy_into(out, result)
-    return _op(x, weight, bias, cond, residual, taps, dilation, gate, out=out)
+    keep = gate is not None and not recompute and out is None and torch.is_grad_enabled()
+    keep = keep and any(t is not None and t.requires_grad for t in (x, weight, bias, cond))
+    into = None if out is None else (out, x.new_empty((0,)))
+    return _op(x, weight, bias, cond, residual, taps, dilation, gate, keep, out=into)[0]

@@ -63,6 +63,11 @@ def masked_conv2d(x, weight, bias, cond, residual, taps, dilation, gate):
 
     bias [c_out], cond [b, c_out] or [b, c_out, h, w], and residual, of the output's shape, are None or added.
     """
+    return masked_conv2d_and_z(x, weight, bias, cond, residual, taps, dilation, gate, True)[0]
+
+
+def masked_conv2d_and_z(x, weight, bias, cond, residual, taps, dilation, gate, keep):
+    """That, and what enters the gate, or where keep is False an empty tensor."""
     z = x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:])
     for ky, kx, seen in _shifts(x, *weight.shape[2:], taps, dilation):
         z = z + torch.einsum("oi,bihw->bohw", weight[:, :, ky, kx], seen)
@@ -71,7 +76,7 @@ def masked_conv2d(x, weight, bias, cond, residual, taps, dilation, gate):
     if cond is not None:
         z = z + (cond if cond.dim() == 4 else cond[..., None, None])
     out = gated(z, gate)
-    return out if residual is None else out + residual
+    return out if residual is None else out + residual, z.clone() if keep else x.new_empty((0,))
 
 
 def masked_conv2d_backward_input(grad, weight, taps, dilation):
@@ -94,7 +99,12 @@ def masked_conv2d_backward_weight(grad, x, kh, kw, taps, dilation):
 
 def masked_conv2d_gate_backward(grad, x, weight, bias, cond, taps, dilation, gate):
     """The gradient for the ungated output z from that of f(z1) sigmoid(z2), f being tanh or the identity."""
-    a, b = masked_conv2d(x, weight, bias, cond, None, taps, dilation, None).chunk(2, -3)
+    return gate_backward(grad, masked_conv2d(x, weight, bias, cond, None, taps, dilation, None), gate)
+
+
+def gate_backward(grad, z, gate):
+    """The gradient for z = (a, b) from that of f(a) sigmoid(b)."""
+    a, b = z.chunk(2, -3)
     s = torch.sigmoid(b)
     f, df = (torch.tanh(a), 1 - torch.tanh(a) ** 2) if gate == "tanh_sigmoid" else (a, torch.ones_like(a))
     return torch.cat((grad * s * df, grad * f * s * (1 - s)), -3)
