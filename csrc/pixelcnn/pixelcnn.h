@@ -75,7 +75,8 @@ struct PixelCnnPlan {
   int64_t weights;            // all
   int64_t image_rows, rows;   // kept of the image, of each vertical layer: as a ring
   int64_t image_pitch, pitch;  // of such a row, with the columns that a kernel reaches beyond the image
-  int64_t state;               // of an image: [image_rows][image_pitch], [layers][rows][pitch]
+  int64_t vertical;            // from an image's caches to those of the vertical layers
+  int64_t state;               // all of an image: [image_rows][image_pitch], at `vertical` [layers][rows][pitch]
   int64_t link_row;            // link v + bias of one row of an image: [layers][w][2 C]
   int64_t pixel;  // of the pixel pass of an image: h [layers][k / 2 + 1][C], a [layers][C], relu h, E, outputs
   PixelCnnGroup group[kMaxGroups];
@@ -129,7 +130,8 @@ inline PixelCnnPlan pixelcnn_plan(const PixelCnnSizes& s) {
   p.rows = r + 1;
   p.image_pitch = (s.w + 2 * r0) * c;
   p.pitch = (s.w + 2 * r) * C;
-  p.state = pixelcnn_round_up(p.image_rows * p.image_pitch + s.layers * p.rows * p.pitch + kSlack, 16);
+  p.vertical = pixelcnn_round_up(p.image_rows * p.image_pitch, 16);
+  p.state = pixelcnn_round_up(p.vertical + s.layers * p.rows * p.pitch + kSlack, 16);
   p.link_row = pixelcnn_round_up(s.layers * s.w * 2 * C + kSlack, 16);
   p.pixel = pixelcnn_round_up(s.layers * (r + 2) * C + C + s.hidden + s.outputs + kSlack, 16);
   return p;
@@ -140,11 +142,38 @@ struct PixelCnnKernels {
   int lanes, words;  // how it wants its weights
 };
 
-// CUDA: weights with one word a panel; the workspace then also holds what the CPU allocates itself.
-constexpr int kPixelCnnCudaLanes = 32;
+// CUDA: weights with one word a panel. A block has kPixelCnnWarps warps; where a map of one pixel has fewer panels, its sums are cut
+// into parts, so many for this map whatever the batch. The workspace is followed by `link_row` of each image and, where one image
+// does not fit into shared memory, by its `pixel` and its parts.
+constexpr int kPixelCnnCudaLanes = 32, kPixelCnnWarps = 16;
+constexpr int64_t kPixelCnnShared = 60 << 10;  // bytes that any GPU has
+GMK_HD int pixelcnn_parts(int64_t outputs, int64_t k) {
+  const int64_t panels = (outputs + kPixelCnnCudaLanes - 1) / kPixelCnnCudaLanes, least = k / 16;
+  int64_t parts = panels ? kPixelCnnWarps / panels : 1;
+  if (parts > least) parts = least;
+  return int(parts > 8 ? 8 : parts > 1 ? parts : 1);
+}
+inline int64_t pixelcnn_scratch_cuda(const PixelCnnSizes& s, const PixelCnnPlan& p) {  // of the pixel pass of an image
+  int64_t most = 0;
+  const auto look = [&](int64_t outputs, int64_t k, int halves) {
+    const int64_t parts = pixelcnn_parts(outputs, k), size = parts * halves * pixelcnn_round_up(outputs, 32);
+    if (parts > 1 && size > most) most = size;
+  };
+  for (int g = 0; g < s.groups; ++g) {
+    const PixelCnnGroup& q = p.group[g];
+    const int64_t features = q.feature_end - q.feature;
+    look(features, s.kernel0 / 2 * s.channels + g, 2);
+    look(features, s.kernel / 2 * s.features + q.feature_end, 2);
+    look(features, q.feature_end, 1);
+    look(q.hidden_end - q.hidden, q.feature_end, 1);
+    look(q.output_end - q.output, q.hidden_end, 1);
+  }
+  return p.pixel + pixelcnn_round_up(most, 16);
+}
 inline int64_t pixelcnn_workspace_cuda(const PixelCnnSizes& s) {
   const PixelCnnPlan p = pixelcnn_plan(s);
-  return s.n * (p.state + p.link_row + p.pixel);
+  const int64_t scratch = pixelcnn_scratch_cuda(s, p);
+  return s.n * (p.state + p.link_row + (scratch * int64_t(sizeof(float)) > kPixelCnnShared ? scratch : 0));
 }
 Status pixelcnn_sample_cuda(const PixelCnn&, int device, void* stream);
 

@@ -66,7 +66,7 @@ struct Slice {
 
   float* state() const { return a.workspace + first * plan.state; }
   float* vertical(int64_t l) const {  // v_l: first row of the ring, first column reached
-    return state() + plan.image_rows * plan.image_pitch + l * plan.rows * plan.pitch;
+    return state() + plan.vertical + l * plan.rows * plan.pitch;
   }
   const float* layer(int64_t l) const { return a.weights + (l ? plan.layer[0] + (l - 1) * plan.layer[1] : 0); }
   // In the scratch of the pixel pass.

@@ -272,6 +272,24 @@ def _masked_conv2d(device):
     )
 
 
+def _pixelcnn_sample(device):
+    c, e, levels, shapes = 8, 8, 4, (16, 8)
+
+    def w(seed, *shape):
+        return _data(device, *shape, seed=seed) / math.prod(shape[1:]) ** 0.5
+
+    weights = ops.PixelCNNWeights(
+        (w(1, 16, 1, 3, 3), w(2, 16, c, 3, 3)), (w(3, 16, 1, 1, 3), w(4, 16, c, 1, 3)), (w(5, *shapes), w(6, *shapes)),
+        (w(7, c, c), w(8, c, c)), w(9, 2, 1, 16), w(10, 2, 1, 16), w(11, 2, c), w(12, e, c), w(13, e), w(14, levels, e),
+        w(15, levels),
+    )
+    u = ops.philox_uniform((3, 1, 4, 4), seed=7, stream=256)
+    return (
+        lambda: ops.pixelcnn_sample(weights, 3, (1, 4, 4), levels=levels, uniforms=u.to(device), return_logits=True)[1],
+        lambda: reference.pixelcnn.pixelcnn_sample(weights.to("cpu"), 3, (1, 4, 4), levels, uniforms=u)[1],
+    )
+
+
 CASES = {
     "philox_normal": _philox_normal,
     "philox_uniform": _philox_uniform,
@@ -300,6 +318,7 @@ CASES = {
     "kmeans": _kmeans,
     "kmeans_plus_plus": _kmeans_plus_plus,
     "masked_conv2d": _masked_conv2d,
+    "pixelcnn_sample": _pixelcnn_sample,
 }
 
 
