@@ -92,9 +92,11 @@ bench: $(WHEEL_STAMP)
 doctor: $(WHEEL_STAMP)
 	@$(PY) -m gmkernels doctor
 
+# Two processes: the emulator and most of what Python does are one thread. A thread that waits for its team must not spin
+# then. worksteal keeps neighbours together, which share what torch has loaded, and no long file is left for the end.
 test: $(WHEEL_STAMP)
 	@echo "== tests"
-	$(PY) -m pytest tests -m "not slow"
+	OMP_WAIT_POLICY=passive $(PY) -m pytest tests -m "not slow" -n 2 --dist worksteal
 
 # All of them, also when one fails, each with its wall and CPU seconds.
 DEEP := test-slow test-schedules sanitize-address sanitize-thread cuda-static

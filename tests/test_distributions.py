@@ -263,7 +263,7 @@ def test_compile():
     (lambda: gmk.nn.GaussianMixture(2, 2.0), "n_features must be a positive int, got 2.0"),
     (lambda: gmk.nn.MixtureDensity(4, 2, 2, "round"), "covariance_type must be one of"),
     (lambda: gmk.nn.GaussianMixture(2, 2, x=torch.zeros(3, 3)), "x must be a tensor of rows [n, 2]"),
-], ids=str)
+], ids=["components", "features", "type", "rows"])
 def test_module_errors(make, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         make()
