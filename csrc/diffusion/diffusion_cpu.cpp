@@ -63,18 +63,16 @@ class Step {
       const bool masked = g.a == 0 || g.b == 0 || g.c0 == 0 || g.c1 == 0;
       if constexpr (sizeof(real) == sizeof(float))
         if (noise && a_.noise_kind == kDrawnNoise && !a_.variance && !a_.mask && size == n && n % kChunk == 0)
-          return drawn_runner<T>(masked, a_.uncond != nullptr, g.history > 0, a_.x0 != nullptr)(
-              g, n, uint64_t(count / 4), noise_at(seed_row, kStreamDiffusionStep));
+          return run_drawn(g, n, masked, uint64_t(count / 4), noise_at(seed_row, kStreamDiffusionStep));
       if (noise && !have_noise) {
         have_noise = true;
         make_noise(scaled, drawn, first, n, count, seed_row);
       }
-      g.z = scaled + (at - first);
+      g.z = noise ? scaled + (at - first) : nullptr;
       if (a_.mask) {
-        if (!noise) g.z = nullptr;
         run_known(g, known_at(at, known_noise ? of_known + (at - first) : nullptr), size);
       } else {
-        runner<T>(masked, a_.uncond != nullptr, g.history > 0, noise, a_.x0 != nullptr)(g, size);
+        run_unknown(g, size, masked);
       }
       at += size;
     }

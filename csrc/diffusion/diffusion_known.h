@@ -26,7 +26,7 @@ GMK_INLINE V blend(V mask, V known, V y) {
 
 template <class T>
 void run_known(const Segment<T>& g, const Known<T>& k, int64_t n) {
-  using B = Body<T, true, false, false, false, false>;
+  using B = Body<T, true>;
   using V = typename B::V;
   constexpr int64_t lanes = simd<typename Arithmetic<T>::real>::n;
   const B body(g);

@@ -13,20 +13,26 @@ namespace {
 template <class T>
 struct Segment {
   using real = typename Arithmetic<T>::real;
-  const T *x, *m, *u;
-  const T* h[3];  // the live history only
-  const real* z;  // scaled noise: sqrt(variance) z
-  T *out, *x0;
+  const T *x, *m, *u;  // u: nullptr without guidance
+  const T* h[3];       // the live history only
+  const real* z;       // scaled noise: sqrt(variance) z; nullptr: none, or made word by word
+  T *out, *x0;         // x0: nullptr if it is not wanted
   real a, b, c0, c1, ch[3], s, guidance, low, high;
   int history;
 };
 
+// Does a segment have a stream: known where it is compiled, or asked at run time, which costs some percent where the data
+// are in the cache.
+enum Has : int { kHasNot, kHas, kAsk };
+
 // kMasked: some coefficient is 0, so its stream must be hidden. A third of the arithmetic, hence not always.
-template <class T, bool kMasked, bool kGuided, bool kHistory, bool kNoise, bool kX0>
+// kMore: may there be a history or x0.
+template <class T, bool kMasked, Has kGuided = kAsk, Has kNoise = kAsk, bool kMore = true>
 struct Body {
   using real = typename Arithmetic<T>::real;
   using V = typename simd<real>::v;
   using I = typename simd<real>::i;
+  static constexpr int64_t lanes = simd<real>::n;
   const Segment<T>& g;
   V a, b, c0, c1, s, guidance, low, high;
   I use_a, use_b, use_c0, use_c1;
@@ -51,86 +57,87 @@ struct Body {
   struct Result {
     V out, x0;
   };
+  // All but the noise.
   template <class... Count>
   GMK_HD_MEMBER Result compute(int64_t i, Count... count) const {
     const V x = get(g.x + i, count...);
     V m = get(g.m + i, count...);
-    if (kGuided) {
+    if (kGuided == kHas || (kGuided == kAsk && g.u)) {
       const V u = get(g.u + i, count...);
       m = madd(guidance, m - u, u);
     }
     const V x0 = vmin(high, vmax(low, madd(b, hide(m, use_b), a * hide(x, use_a))));  // NaN stays: second operand
     V out = madd(c0, hide(x0, use_c0), c1 * hide(x, use_c1));
-    if (kHistory)
-      for (int h = 0; h < g.history; ++h) out = madd(splat(g.ch[h]), get(g.h[h] + i, count...), out);
-    if (kNoise) out = madd(s, get(g.z + i, count...), out);
+    for (int h = 0; kMore && h < g.history; ++h) out = madd(splat(g.ch[h]), get(g.h[h] + i, count...), out);
     return {out, x0};
   }
   template <class... Count>
   GMK_HD_MEMBER void write(const Result& r, int64_t i, Count... count) const {
     put(g.out + i, r.out, count...);
-    if (kX0) put(g.x0 + i, r.x0, count...);
+    if (kMore && g.x0) put(g.x0 + i, r.x0, count...);
+  }
+  template <int kWords, class... Count>
+  GMK_HD_MEMBER void run(int64_t i, Count... count) const {
+    Result r[kWords];
+#pragma GCC unroll 4
+    for (int j = 0; j < kWords; ++j) {
+      r[j] = compute(i + j * lanes, count...);
+      if (kNoise == kHas || (kNoise == kAsk && g.z)) r[j].out = madd(s, get(g.z + i + j * lanes, count...), r[j].out);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kWords; ++j) write(r[j], i + j * lanes, count...);
   }
 };
 
 // An element is read before it is written, so out and x0 may be any of the inputs. Four words are read before the first
 // is written: malloc likes to put the output 64 bytes (modulo 4096) behind an input, where every load would wait for the
 // store before it.
-template <class T, bool kMasked, bool kGuided, bool kHistory, bool kNoise, bool kX0>
+template <class T, bool kMasked, Has kGuided = kAsk, Has kNoise = kAsk, bool kMore = true>
 void run_segment(const Segment<T>& g, int64_t n) {
-  constexpr int64_t lanes = simd<typename Arithmetic<T>::real>::n;
-  using B = Body<T, kMasked, kGuided, kHistory, kNoise, kX0>;
-  const B body(g);
+  const Body<T, kMasked, kGuided, kNoise, kMore> body(g);
+  constexpr int64_t lanes = body.lanes;
   int64_t i = 0;
-  for (; i + 4 * lanes <= n; i += 4 * lanes) {
-    typename B::Result r[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) r[j] = body.compute(i + j * lanes);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) body.write(r[j], i + j * lanes);
-  }
-  for (; i + lanes <= n; i += lanes) body.write(body.compute(i), i);
-  if (i < n) body.write(body.compute(i, n - i), i, n - i);
+  for (; i + 4 * lanes <= n; i += 4 * lanes) body.template run<4>(i);
+  for (; i + lanes <= n; i += lanes) body.template run<1>(i);
+  if (i < n) body.template run<1>(i, n - i);
 }
 template <class T>
-using Runner = void (*)(const Segment<T>&, int64_t);
-template <class T>
-Runner<T> runner(bool masked, bool guided, bool history, bool noise, bool x0) {
-#define GMK_RUN2(...) run_segment<T, __VA_ARGS__, false>, run_segment<T, __VA_ARGS__, true>
-#define GMK_RUN8(...)                                                                                          \
-  GMK_RUN2(__VA_ARGS__, false, false), GMK_RUN2(__VA_ARGS__, false, true), GMK_RUN2(__VA_ARGS__, true, false), \
-      GMK_RUN2(__VA_ARGS__, true, true)
-  static const Runner<T> all[32] = {GMK_RUN8(false, false), GMK_RUN8(false, true), GMK_RUN8(true, false),
-                                    GMK_RUN8(true, true)};
-#undef GMK_RUN8
-#undef GMK_RUN2
-  return all[masked * 16 + guided * 8 + history * 4 + noise * 2 + x0];
+void run_unknown(const Segment<T>& g, int64_t n, bool masked) {
+  if constexpr (kLanes == 4) {  // not tuned
+    run_segment<T, true>(g, n);
+  } else {
+    using Runner = void (*)(const Segment<T>&, int64_t);
+#define GMK_RUN4(...)                                                                      \
+  run_segment<T, __VA_ARGS__, kHasNot, false>, run_segment<T, __VA_ARGS__, kHasNot, true>, \
+      run_segment<T, __VA_ARGS__, kHas, false>, run_segment<T, __VA_ARGS__, kHas, true>
+    static const Runner all[16] = {GMK_RUN4(false, kHasNot), GMK_RUN4(false, kHas), GMK_RUN4(true, kHasNot),
+                                   GMK_RUN4(true, kHas)};
+#undef GMK_RUN4
+    const bool guided = g.u, noise = g.z, more = g.x0 || g.history > 0;
+    all[masked * 8 + guided * 4 + noise * 2 + more](g, n);
+  }
 }
 
 // Whole chunks of float arithmetic with drawn noise and no variance: each word of normals is used where it is made, so
 // that the loads hide behind the arithmetic of the normals. `block` is that of the first element.
-template <class T, bool kMasked, bool kGuided, bool kHistory, bool kX0>
+template <class T, bool kMasked, bool kAny>
 void run_drawn(const Segment<T>& g, int64_t n, uint64_t block, PhiloxAt at) {
-  using B = Body<T, kMasked, kGuided, kHistory, false, kX0>;
-  const B body(g);
+  const Body<T, kMasked, kAny ? kAsk : kHasNot, kHasNot, kAny> body(g);
   for (int64_t e = 0; e < n; e += kChunk)
     each_normals(block + uint64_t(e / 4), at, [&](int64_t i, vfloat z) __attribute__((always_inline)) {
-      typename B::Result r = body.compute(e + i);
+      auto r = body.compute(e + i);
       r.out = madd(body.s, z, r.out);
       body.write(r, e + i);
     });
 }
 template <class T>
-using DrawnRunner = void (*)(const Segment<T>&, int64_t, uint64_t, PhiloxAt);
-template <class T>
-DrawnRunner<T> drawn_runner(bool masked, bool guided, bool history, bool x0) {
-#define GMK_RUN4(...)                                                              \
-  run_drawn<T, __VA_ARGS__, false, false>, run_drawn<T, __VA_ARGS__, false, true>, \
-      run_drawn<T, __VA_ARGS__, true, false>, run_drawn<T, __VA_ARGS__, true, true>
-  static const DrawnRunner<T> all[16] = {GMK_RUN4(false, false), GMK_RUN4(false, true), GMK_RUN4(true, false),
-                                         GMK_RUN4(true, true)};
-#undef GMK_RUN4
-  return all[masked * 8 + guided * 4 + history * 2 + x0];
+void run_drawn(const Segment<T>& g, int64_t n, bool masked, uint64_t block, PhiloxAt at) {
+  const bool any = g.u || g.x0 || g.history > 0 || kLanes == 4;
+  if (kLanes == 4 || masked) {
+    (any ? run_drawn<T, true, true> : run_drawn<T, true, kLanes == 4>)(g, n, block, at);
+  } else {
+    (any ? run_drawn<T, kLanes == 4, true> : run_drawn<T, kLanes == 4, kLanes == 4>)(g, n, block, at);
+  }
 }
 
 }  // namespace

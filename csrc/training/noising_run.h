@@ -84,10 +84,18 @@ class Noised {
 
   // One sample, its normals used where they are made: the loads hide behind their arithmetic.
   void drawn(int64_t first, int64_t n, uint64_t block, PhiloxAt at, State& state) const {
-    real values[Op::kColumns];
-    op_.row(first / sample_, values);
-    op_.hides_data(values) ? drawn<true>(values, first, n, block, at, state)
-                           : drawn<false>(values, first, n, block, at, state);
+    if constexpr (kLanes == 4) {  // not tuned: the normals first
+      alignas(64) float z[kChunk];
+      for (int64_t e = 0; e < n; e += kChunk) {
+        chunk_normals(z, block + uint64_t(e / 4), at);
+        segment(first + e, kChunk, (const real*)z, first / sample_, state);
+      }
+    } else {
+      real values[Op::kColumns];
+      op_.row(first / sample_, values);
+      op_.hides_data(values) ? drawn<true>(values, first, n, block, at, state)
+                             : drawn<false>(values, first, n, block, at, state);
+    }
   }
   template <bool kMasked>
   void drawn(const real* values, int64_t first, int64_t n, uint64_t block, PhiloxAt at, State& state) const {
