@@ -64,21 +64,22 @@ GMK_PAIRS __attribute__((noinline)) void panel_pixels(const Bands& s, const Band
       const bf16* q[kTile];
       for (int p = 0; p < kTile; ++p) q[p] = tile.slot[p] + s.run[r].offset;
       const int64_t length = s.run[r].length;
-      for (int64_t c = 0; c < length; c += 2, w += vectors * 2 * kLanes) {
+      int64_t c = 0;
+      for (; c + 1 < length; c += 2, w += vectors * 2 * kLanes) {
         __m512i word[vectors];
         for (int j = 0; j < vectors; ++j) word[j] = _mm512_loadu_si512(w + j * 2 * kLanes);
-        if (c + 1 < length) {
-          for (int p = 0; p < kTile; ++p) {
-            const __m512i value = splat_pair(q[p] + c);
-            for (int j = 0; j < vectors; ++j) acc[p][j] = add_pairs(acc[p][j], value, word[j]);
-          }
-        } else {
-          for (int p = 0; p < kTile; ++p) {
-            const __m512i value = splat_last(q[p] + c);
-            for (int j = 0; j < vectors; ++j) acc[p][j] = add_pairs(acc[p][j], value, word[j]);
-          }
+        for (int p = 0; p < kTile; ++p) {
+          const __m512i value = splat_pair(q[p] + c);
+          for (int j = 0; j < vectors; ++j) acc[p][j] = add_pairs(acc[p][j], value, word[j]);
         }
       }
+      if (c == length) continue;
+      for (int p = 0; p < kTile; ++p) {
+        const __m512i value = splat_last(q[p] + c);
+        for (int j = 0; j < vectors; ++j)
+          acc[p][j] = add_pairs(acc[p][j], value, _mm512_loadu_si512(w + j * 2 * kLanes));
+      }
+      w += vectors * 2 * kLanes;
     }
     finish<float>(tile, to, acc);
   }
