@@ -109,7 +109,6 @@ def _case(name, c_in, c_out, kernel, mask_type, gate, forward, both, batch, nhwc
     rivals = {form_name: run(form) for form_name, form in forms.items()}
     if "torch.compile" not in rivals:
         rivals["torch.compile"] = "not in --quick"
-    again = "; backward computes the convolution again for the gate" if gate and backward else ""
     taps = len(reference.masked_conv.taps(kernel, kernel, mask_type))
     pixels = batch * _SIDE * _SIDE
     moved = sum(t.numel() for t in tensors) * (2 if backward else 1) + out.numel()
@@ -125,5 +124,5 @@ def _case(name, c_in, c_out, kernel, mask_type, gate, forward, both, batch, nhwc
         error=error_of(ours),
         rival_error=error_of(masked),
         goals=goals,
-        note="counted on live taps" + again,
+        note="counted on live taps",
     )
