@@ -1,4 +1,4 @@
-"""bfloat16 on the CPU: where it has vdpbf16ps (isa "avx512" of such a CPU), products are of pairs of channels or pixels.
+"""bfloat16 on the CPU: where it has vdpbf16ps (isa "avx512" of such a CPU), products are of pairs, of channels or pixels.
 
 On every other instruction set, and on an older CPU, the same tests run on the float32 kernels.
 """

@@ -334,9 +334,9 @@ def masked_conv2d(x, weight, bias=None, mask_type="B", *, mask_order="raster", d
     Returns ``[b, c_out, h, w]``, or ``[b, c_out / 2, h, w]`` with a gate.
 
     float32, float64, bfloat16 and float16 have kernels; sums of the half types are float32, and one rounding at the
-    end. A 1x1 convolution with its centre alone, without gate, cond and residual, is torch's own. Under autocast the op
-    computes in the dtype of its inputs. The backward pass keeps x, weight, bias and cond only; with a gate it computes
-    z again.
+    end. A CPU with AVX512_BF16 takes subnormal bfloat16 numbers, and sums below 2^-126, for zero. A 1x1
+    convolution with its centre alone, without gate, cond and residual, is torch's own. Under autocast the op computes
+    in the dtype of its inputs. The backward pass keeps x, weight, bias and cond only; with a gate it computes z again.
 
     A NaN or infinite pixel reaches exactly the outputs that see it. Errors: ``ValueError`` for shapes, even kernels, an
     odd number of gated channels, options; ``TypeError`` for dtypes.
