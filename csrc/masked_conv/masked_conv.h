@@ -44,7 +44,7 @@ struct MaskedConv {
   bool cond_map;
   bool identity;  // f
   int gate;       // ConvGate
-  int dtype;      // of every tensor; the half types are storage, sums are float32
+  int dtype;      // of every tensor; sums of the half types are float32
   int64_t workspace_size;
   Taps taps;
 };

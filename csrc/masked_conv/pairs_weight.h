@@ -101,10 +101,10 @@ GMK_PAIRS __attribute__((noinline)) void pair_products(const Bands& s, const Ban
       }
       for (int i = 0; i < kTile; ++i) q[i] += s.pitch;
     }
-    for (int i = 0; i < live; ++i)
+    for (int i = 0; i < kTile; ++i)  // a fixed count: sums stay in registers
       for (int j = 0; j < vectors; ++j) {
         float* const p = partial + (row + i) * pitch + j * kLanes;
-        store(p, load(p) + acc[i][j]);
+        if (i < live) store(p, load(p) + acc[i][j]);
       }
   }
   vfloat sum[vectors] = {};

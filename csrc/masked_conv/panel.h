@@ -43,10 +43,19 @@ template <class T>
 GMK_INLINE V<T> get(const T* p, int64_t count) {
   return count >= simd<T>::n ? load(p) : count > 0 ? load_some(p, count) : V<T>{};
 }
+// bfloat16 panels: where products are of pairs (pairs.h), so that the CPU has the conversion too.
 GMK_INLINE void put(bf16* p, vfloat x, int64_t count) {
-  bf16 word[kLanes];
-  if (count > 0) store_float(count >= kLanes ? p : word, x);
-  if (count > 0 && count < kLanes) memcpy(p, word, size_t(count) * sizeof(bf16));
+#if defined(__AVX512BW__)
+  __m256i half;
+  __asm__("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(x));  // the intrinsic would ask for the target in every caller
+  if (count >= kLanes) {
+    _mm256_storeu_si256((__m256i*)p, half);
+  } else if (count > 0) {
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), half);
+  }
+#else
+  store_float_some(p, x, least(count, kLanes));
+#endif
 }
 GMK_INLINE vfloat get(const bf16* p, int64_t count) {
   return count >= kLanes ? load_float(p) : count > 0 ? load_float_some(p, count) : vfloat{};
@@ -100,6 +109,12 @@ GMK_INLINE void finish(const Tile<X>& tile, const Target<X>& to, V<T> (&acc)[kTi
   const auto at = [&](const auto& lines, int p) {
     return lines.at ? lines.at + tile.row[p] * lines.row + tile.column[p] * lines.pitch : nullptr;
   };
+  if (to.gate == kPlain && !to.cond.at && !to.residual.at) {  // sums stay in registers
+    for (int p = 0; p < kTile; ++p)
+      for (int j = 0; j < vectors; ++j)
+        if (p < tile.live) put(at(to.out, p) + j * n, acc[p][j], to.out_count - j * n);
+    return;
+  }
   constexpr int words = vectors > 1 ? vectors / 2 : 1;  // of half a panel
   for (int p = 0; p < tile.live; ++p) {
     X* const out = at(to.out, p);
