@@ -1,4 +1,4 @@
-"""bfloat16 on the CPU: where it has vdpbf16ps (isa "avx512" of such a CPU), products are of pairs, of channels or pixels.
+"""bfloat16 on the CPU: where it has vdpbf16ps (isa "avx512" of such a CPU), products of pairs of channels or pixels.
 
 On every other instruction set, and on an older CPU, the same tests run on the float32 kernels.
 """
@@ -52,7 +52,7 @@ def test_shapes(isa, shape):
         run_shape(shape, "cpu", BF16, nhwc)
 
 
-@pytest.mark.parametrize("size", [(2, 64, 128, 32, 32), (3, 33, 70, 23, 29)], ids=str)
+@pytest.mark.parametrize("size", [(2, 64, 128, 32, 32), (3, 33, 70, 23, 29), (1, 31, 48, 11, 37)], ids=str)
 @pytest.mark.parametrize("gate", [None, GATE])
 def test_many_bands(isa, size, gate):
     for nhwc in (False, True):
