@@ -56,7 +56,7 @@ def test_the_reference_is_causal(groups):
     x = cases.data(1, 3, 4, 4)
     moved = x + torch.eye(48, dtype=torch.float64).view(48, 3, 4, 4)
     change = (reference.pixelcnn.forward(w, moved, groups) - reference.pixelcnn.forward(w, x, groups)).abs() > 1e-12
-    change = change.view(3, 16, 3, levels, 16).any(3).permute(2, 0, 4, 1)  # [group, channel, pixel, of pixel]
+    change = change.view(3, 16, 3, levels, 16).any(3).permute(2, 0, 3, 1)  # [group, channel, pixel, of pixel]
     assert not change[:, :, torch.ones(16, 16).triu(1).bool()].any()
     for g in range(3):
         for channel in range(3):
