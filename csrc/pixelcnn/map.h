@@ -82,6 +82,22 @@ GMK_INLINE void put(float* p, vfloat x, int64_t count) {
   }
 }
 
+// tanh(x) sigmoid(s) by one division; the polynomial is that of vtanh.
+GMK_INLINE vfloat gated(vfloat x, vfloat s) {
+  const vint sign = (vint)x & (vint)splat(-0.0f);
+  const vfloat one = splat(1.0f), a = (vfloat)((vint)x & 0x7FFFFFFF), e = vexp_nonpositive(a * splat(-2.0f)), z = x * x;
+  vfloat p = splat(-5.70498872745e-3f);
+  p = madd(p, z, splat(2.06390887954e-2f));
+  p = madd(p, z, splat(-5.37397155531e-2f));
+  p = madd(p, z, splat(1.33314422036e-1f));
+  p = madd(p, z, splat(-3.33332819422e-1f));
+  p = madd(p * z, a, a);
+  const vint small = a < splat(0.625f);
+  const vfloat numerator = select(small, p, one - e);
+  const vfloat denominator = select(small, one, one + e) * (one + vexp(-s));
+  return (vfloat)((vint)(numerator / denominator) | sign);
+}
+
 void finish(const Map& m, const float* z, int pixels, int words, const float* const* residual, float* const* out,
             int64_t first) {
   const int vectors = m.gate ? 2 * words : words;
@@ -90,7 +106,7 @@ void finish(const Map& m, const float* z, int pixels, int words, const float* co
       const float* const sum = z + (p * vectors + j) * kLanes;
       const int64_t at = first + j * kLanes;
       vfloat y = load(sum);
-      if (m.gate) y = vtanh(y) * vsigmoid(load(sum + words * kLanes));
+      if (m.gate) y = gated(y, load(sum + words * kLanes));
       if (m.residual.base) y = y + load(residual[p] + at);
       if (m.relu) y = vmax(vfloat{}, y);  // NaN stays
       put(out[p] + at, y, m.outputs - at);
