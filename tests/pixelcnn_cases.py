@@ -47,8 +47,12 @@ def uniforms(n, c, h, w, seed=0):
 def oracle(weights, n, shape, levels, **options):
     """Levels and float64 outputs of the reference; what it is given is moved to the CPU."""
     options = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    weights = weights.to("cpu", torch.float64)
-    drawn, outputs, bad = reference.pixelcnn.pixelcnn_sample(weights, n, shape, levels, **options)
+    weights, threads = weights.to("cpu", torch.float64), torch.get_num_threads()
+    torch.set_num_threads(1)  # many small convolutions: on a busy machine the others are waited for
+    try:
+        drawn, outputs, bad = reference.pixelcnn.pixelcnn_sample(weights, n, shape, levels, **options)
+    finally:
+        torch.set_num_threads(threads)
     assert not bad.any()
     return drawn, outputs
 

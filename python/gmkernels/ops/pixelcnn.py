@@ -1,7 +1,9 @@
 """Images drawn from a gated PixelCNN, pixel by pixel, each feature computed once."""
 
+import functools
 import math
 import os
+import sys
 import warnings
 from dataclasses import dataclass, fields
 
@@ -270,7 +272,18 @@ def _run(weights, sizes, outputs_wanted, random, given, head, callback):
     return drawn, logits, bad
 
 
-@torch.compiler.disable
+def _not_traced(function):
+    """torch.compiler.disable, which would import torch._dynamo (1.5 s) where nobody compiles."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        dynamo = sys.modules.get("torch._dynamo")
+        return (function if dynamo is None else dynamo.disable(function))(*args, **kwargs)
+
+    return call
+
+
+@_not_traced
 @torch.no_grad()
 def pixelcnn_sample(weights, n, shape, *, levels=256, head="categorical", num_mixtures=10, parametrization="openai",
                     groups=None, temperature=1.0, seed=None, uniforms=None, given=None, given_mask=None, callback=None,
