@@ -21,7 +21,7 @@ def _pixelcnn(device):
     torch.manual_seed(0)
     model = models.PixelCNN((1, 8, 8), levels=_LEVELS, features=_FEATURES, layers=_LAYERS).to(device)
     x = images("digits")[0][:_BATCH].to(device)
-    values = model.values[x]
+    values = model.values(x)
     parameters = list(model.parameters())
     compiled = torch.compile(lambda v: pixelcnn_torch.network(model, v))
 

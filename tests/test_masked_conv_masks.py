@@ -127,6 +127,20 @@ def test_boolean_masks(device, mask):
         near(g, r)
 
 
+def test_kernels_with_more_taps_than_16_bits_count(isa):
+    x, weight, bias = problem(1, 1, 2, 4, 8, 257, grad=True)
+    used = torch.zeros(257, 257, dtype=torch.bool)
+    used[128, 120:129] = True
+    for options in ({"mask_order": "horizontal"}, {"mask_type": used}):
+        out = ops.masked_conv2d(x, weight, bias, **options)
+        wide = torch.where(used, weight, 0).double()[:, :, 128:129, 120:129]
+        want = F.conv2d(F.pad(x.double(), (8, 0)), wide, bias.double())
+        near(out, want)
+        inputs = (x, weight, bias)
+        for g, r in zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(want.sum(), inputs), strict=True):
+            near(g, r)
+
+
 def test_one_by_one():
     """Torch's own only where nothing but the centre is left and nothing is added."""
     for order, dc, cond in itertools.product(("raster", "horizontal"), (1, 2), (None, "vector")):

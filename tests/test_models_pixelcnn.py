@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,11 @@ def test_a_model_that_is_not_causal_is_named():
     m.horizontal[1].mask_order = "vertical"  # the own row, to the right too
     m.horizontal[1].weight.data.fill_(0.3)
     with pytest.raises(RuntimeError, match=r"data channel 0 of pixel \(\d, \d\) depends on itself"):
+        m.check_causality()
+    m = model((3, 4, 4), levels=3, features=12)
+    m.out[1].data_channels = 1  # later colours of the own pixel
+    m.out[1].weight.data.fill_(0.3)
+    with pytest.raises(RuntimeError, match="data channel . of pixel .* depends on itself"):
         m.check_causality()
 
 
@@ -171,17 +177,73 @@ def test_fit_learns_and_repeats():
     m.fit(data, seconds=0.05, cond=torch.arange(64) % 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype, tmp_path):
+    """Probabilities add up whatever the model's dtype; casting back and forth, and files, keep the model."""
+    m = model((1, 1, 1), levels=4096, head="logistic_mixture", num_mixtures=2).to(dtype)
+    total = m.log_prob(every_image(1, 1, 1, 4096)).double().logsumexp(0).exp()
+    assert abs(total.item() - 1) < 1e-3
+    m.save(tmp_path / "m.safetensors")
+    again = models.PixelCNN.load(tmp_path / "m.safetensors")
+    x = torch.arange(8).view(8, 1, 1, 1) * 500
+    assert again.head1.weight.dtype is dtype and torch.equal(again.log_prob(x), m.log_prob(x))
+    back = m.float()
+    wide = back.double().log_prob(x)
+    torch.testing.assert_close(back.float().log_prob(x).double(), wide, rtol=1e-4, atol=1e-4)
+
+
+def test_made_without_memory():
+    m = model((1, 3, 3), levels=4)
+    with torch.device("meta"):
+        empty = models.PixelCNN((1, 3, 3), levels=4, **SMALL)
+    empty.to_empty(device="cpu").load_state_dict(m.state_dict())
+    x = m.sample(2, seed=0)
+    assert torch.equal(empty.log_prob(x), m.log_prob(x)) and torch.equal(empty.sample(2, seed=0), x)
+
+
+def test_autocast():
+    m = model((1, 3, 3), levels=4, num_classes=2)
+    x = torch.zeros(2, 1, 3, 3, dtype=torch.int64)
+    want = m.log_prob(x, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(m.log_prob(x, 1).float(), want, rtol=1e-2, atol=1e-2)
+        assert m.check_causality()
+
+
+def test_arguments_of_numpy(tmp_path):
+    m = models.PixelCNN((1, 3, 3), levels=np.int64(4), num_classes=np.int64(3), **SMALL)
+    m.save(tmp_path / "m.safetensors")
+    assert models.PixelCNN.load(tmp_path / "m.safetensors").config == m.config
+
+
+def test_weights_that_are_not_finite():
+    m = model((1, 3, 3), levels=4)
+    with torch.no_grad():
+        m.head2.bias[0] = math.nan
+    before = m.head1.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="the gradient of step 1 is not finite"):
+        m.fit(ints(4, 1, 3, 3), steps=2)
+    assert torch.equal(m.head1.weight, before)
+    with pytest.raises(RuntimeError, match="outputs must be finite"):
+        m.check_causality()
+    with pytest.raises(ValueError, match="not a distribution"):
+        m.sample(1)
+
+
 def test_empty_and_other_sizes():
+    classes = model((1, 3, 3), levels=4, num_classes=3)
+    assert classes.sample(0, cond=1).shape == (0, 1, 3, 3) and classes.log_prob(ints(0, 1, 3, 3), ints(0)).shape == (0,)
     m = model((1, 3, 3), levels=4)
     assert m.sample(0).shape == (0, 1, 3, 3) and m.log_prob(torch.zeros(0, 1, 3, 3, dtype=torch.int64)).shape == (0,)
     assert m.log_prob(torch.zeros(2, 1, 6, 5, dtype=torch.int64)).shape == (2,)
 
 
-def test_compile():
-    m = model((1, 3, 4), levels=4)
-    x = torch.randint(0, 4, (2, 1, 3, 4))
-    got = torch.compile(m.log_prob, fullgraph=True, backend="aot_eager")(x)
-    torch.testing.assert_close(got, m.log_prob(x))
+@pytest.mark.parametrize("classes", [None, 3])
+def test_compile(classes):
+    m = model((1, 3, 4), levels=4, num_classes=classes)
+    x, cond = torch.randint(0, 4, (2, 1, 3, 4)), None if classes is None else torch.tensor([0, 2])
+    got = torch.compile(m.log_prob, fullgraph=True, backend="aot_eager")(x, cond)
+    torch.testing.assert_close(got, m.log_prob(x, cond))
 
 
 def ints(*shape):
@@ -194,6 +256,9 @@ BAD = {
     'head must be "categorical" or "logistic_mixture"': lambda m: models.PixelCNN((1, 3, 3), head="mse"),
     "1 or 3 channels for a logistic mixture, got 2": lambda m: models.PixelCNN((2, 3, 3), head="logistic_mixture"),
     "kernel_size must be odd": lambda m: models.PixelCNN((1, 3, 3), kernel_size=4),
+    r"first_kernel_size must be in \[1, 32\), got 33": lambda m: models.PixelCNN((1, 3, 3), first_kernel_size=33),
+    r"num_mixtures must be in \[1, 513\), got 1000": lambda m: models.PixelCNN((1, 3, 3), num_mixtures=1000),
+    r"shape\[0\] must be in \[1, 17\), got 17": lambda m: models.PixelCNN((17, 3, 3)),
     "x must hold integer levels, got torch.float32": lambda m: m.log_prob(torch.zeros(1, 1, 3, 3)),
     "x must be a torch.Tensor, got list": lambda m: m.log_prob([1]),
     r"x must be \[n, c, h, w\] with c=1, got \(1, 3, 3, 3\)": lambda m: m.log_prob(ints(1, 3, 3, 3)),
@@ -241,7 +306,11 @@ def test_command(data, tmp_path, capsys):
     bits = cli.bits_per_dim(models.PixelCNN.load(files[0]), test)
     assert f"test {bits:.3f}" in said
     assert (tmp_path / "s.png").stat().st_size > 100
-    assert main(["pixelcnn", "--steps", "2", "--seconds", "1"]) == 2
+    for wrong in (["--steps", "2", "--seconds", "1"], ["--save", "/nowhere/m"], ["--samples", "/nowhere/s.png"]):
+        assert main(["pixelcnn", *wrong]) == 2
+    for wrong in (["--seconds", "0"], ["--layers", "0"], ["--steps", "0"], ["--seed", str(2**65)]):
+        assert main(["pixelcnn", *wrong]) == 1
+    assert "pixelcnn: seconds must be positive" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ using Ints = std::vector<std::int64_t>;
 // kernel = (kh, kw, dh, dw)
 static Taps taps_of(const Ints& index, const Ints& kernel, bool negated) {
   Taps t{};
+  if (kernel.at(0) > 0x7fffffff / kernel.at(1)) throw std::invalid_argument("a kernel of more than 2^31 weights");
   t.kh = int(kernel.at(0));
   t.kw = int(kernel.at(1));
   t.dh = int(kernel.at(2));
@@ -28,7 +29,7 @@ static Taps taps_of(const Ints& index, const Ints& kernel, bool negated) {
   for (int i = 0; i < t.count; ++i) {
     const std::int64_t tap = index[size_t(negated ? t.count - 1 - i : i)];
     if (tap < 0 || tap >= std::int64_t(t.kh) * t.kw) throw std::invalid_argument("a tap outside the kernel");
-    t.index[i] = std::int16_t(tap);
+    t.index[i] = std::int32_t(tap);
   }
   return t;
 }

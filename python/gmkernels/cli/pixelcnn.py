@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -53,15 +54,16 @@ def bits_per_dim(model, x):
 
 
 def run(args):
-    if args.steps is not None and args.seconds is not None:
-        print("pixelcnn: --steps or --seconds, not both", file=sys.stderr)
+    problem = _refused(args)
+    if problem:
+        print(f"pixelcnn: {problem}", file=sys.stderr)
         return 2
     shape, levels, head, features, layers, steps = _DATA[args.data]
     train, test = images(args.data)
-    torch.manual_seed(args.seed)
     try:
-        model = PixelCNN(shape, levels=levels, head=head, features=args.features or features,
-                         layers=args.layers or layers).to(args.device)
+        torch.manual_seed(args.seed)
+        model = PixelCNN(shape, levels=levels, head=head, features=features if args.features is None else args.features,
+                         layers=layers if args.layers is None else args.layers).to(args.device)
         print(f"{args.data}: {len(train)} to train, {len(test)} to test, {tuple(shape)} of {levels} levels; "
               f"{sum(p.numel() for p in model.parameters()) / 1e3:.0f}k parameters, causal: {model.check_causality()}")
         started, count = time.perf_counter(), 0
@@ -73,9 +75,9 @@ def run(args):
             said[0], count = done, step
 
         said = [0.0]
-        model.fit(train, steps=None if args.seconds else args.steps or steps, seconds=args.seconds, seed=args.seed,
-                  progress=progress)
-    except (ValueError, RuntimeError) as error:
+        model.fit(train, seconds=args.seconds, seed=args.seed, progress=progress,
+                  steps=None if args.seconds is not None else steps if args.steps is None else args.steps)
+    except (ValueError, RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         print(f"pixelcnn: {error}", file=sys.stderr)
         return 1
     spent = time.perf_counter() - started
@@ -89,6 +91,21 @@ def run(args):
     if args.samples:
         _picture(drawn, levels, args.samples)
     return 0
+
+
+def _refused(args):
+    """What is wrong with the arguments that would only show after training."""
+    if args.steps is not None and args.seconds is not None:
+        return "--steps or --seconds, not both"
+    for option, path in (("--save", args.save), ("--samples", args.samples)):
+        if path and not Path(path).resolve().parent.is_dir():
+            return f"{option}: there is no folder {Path(path).resolve().parent}"
+    if args.samples:
+        try:
+            import PIL.Image  # noqa: F401
+        except ImportError:
+            return "--samples needs Pillow: pip install pillow"
+    return None
 
 
 def _picture(drawn, levels, path):

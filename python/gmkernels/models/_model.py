@@ -26,7 +26,7 @@ class Model(nn.Module):
             seed: of the batches (the weights were drawn when the model was made).
             progress: True prints a line ten times; a function is called with (step, part done, loss) after each step.
 
-        Returns self, in evaluation mode.
+        Returns self, in evaluation mode. RuntimeError if a gradient is not finite.
         """
         if (steps is None) == (seconds is None):
             raise ValueError(f"one of steps and seconds must be given, got steps={steps}, seconds={seconds}")
@@ -50,7 +50,8 @@ class Model(nn.Module):
             loss = self.loss(data[rows].to(device), None if cond is None else cond[rows].to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+            if not nn.utils.clip_grad_norm_(self.parameters(), 1.0).isfinite():
+                raise RuntimeError(f"the gradient of step {step + 1} is not finite; the weights are those before it")
             optimizer.step()
             step += 1
             done = step / steps if steps else (time.perf_counter() - started) / seconds
@@ -83,5 +84,6 @@ class Model(nn.Module):
             if about.get("model") != cls.__name__:
                 raise ValueError(f"{path} must be a {cls.__name__} that save wrote, got {about.get('model')}")
             model = cls(**json.loads(about["config"])).to(device)
-            model.load_state_dict({k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118  (not a dict)
+            state = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  (not a dict)
+            model.to(next(iter(state.values())).dtype).load_state_dict(state)
         return model.eval()

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import ops
-from .._call import check_int
+from .._call import HALVES, check_int
 from ..nn import GatedMaskedConv2d, MaskedConv2d
 from ..ops.pixelcnn import PixelCNNWeights, pixelcnn_sample
+from ..reference.pixelcnn import image_values
 from ._model import Model
 
 _HEADS = ("categorical", "logistic_mixture")
@@ -53,38 +54,40 @@ class PixelCNN(Model):
         super().__init__()
         if len(shape) != 3:
             raise ValueError(f"shape must be (c, h, w), got {tuple(shape)}")
-        self.shape = tuple(check_int("shape", s, 1, 2**31) for s in shape)
-        self.levels = check_int("levels", levels, 2, 65537)
+        self.shape = (check_int("shape[0]", shape[0], 1, 17), *(check_int("shape", s, 1, 2**31) for s in shape[1:]))
+        self.levels = levels = check_int("levels", levels, 2, 65537)
         features, layers = check_int("features", features, 1, 2**24), check_int("layers", layers, 1, 2**16)
+        k, k0 = check_int("kernel_size", kernel_size, 1, 32), check_int("first_kernel_size", first_kernel_size, 1, 32)
         if head not in _HEADS:
             raise ValueError(f'head must be "categorical" or "logistic_mixture", got {head!r}')
         channels = self.shape[0]
         if head == "logistic_mixture" and channels not in (1, 3):
             raise ValueError(f"shape must have 1 or 3 channels for a logistic mixture, got {channels}")
-        self.head, self.num_mixtures = head, check_int("num_mixtures", num_mixtures, 1, 2**20)
+        self.head, self.num_mixtures = head, check_int("num_mixtures", num_mixtures, 1, 513)
         hidden = check_int("head_features", 2 * features if head_features is None else head_features, 1, 2**24)
         self.num_classes = None if num_classes is None else check_int("num_classes", num_classes, 1, 2**31)
-        self.config = dict(shape=list(self.shape), levels=levels, features=features, layers=layers,
-                           kernel_size=kernel_size, first_kernel_size=first_kernel_size, head=head,
-                           num_mixtures=num_mixtures, head_features=hidden, num_classes=num_classes)
+        self.config = dict(shape=list(self.shape), levels=levels, features=features, layers=layers, kernel_size=k,
+                           first_kernel_size=k0, head=head, num_mixtures=self.num_mixtures, head_features=hidden,
+                           num_classes=self.num_classes)
         groups = channels if head == "categorical" else 1
         outputs = channels * levels if head == "categorical" else self.num_mixtures * (3 if channels == 1 else 10)
-        k0, k = first_kernel_size, kernel_size
         self.vertical, self.horizontal, self.link, self.out = (nn.ModuleList() for _ in range(4))
         for layer in range(layers):
             size, kind, source = (k, "B", features) if layer else (k0, "A", channels)
             self.vertical.append(GatedMaskedConv2d(source, features, size, kind, mask_order="vertical"))
             self.horizontal.append(GatedMaskedConv2d(source, features, (1, size), kind, mask_order="horizontal",
                                                      data_channels=groups))
-            self.link.append(nn.Conv2d(features, 2 * features, 1, bias=False))
+            self.link.append(MaskedConv2d(features, 2 * features, 1, bias=False))
             self.out.append(MaskedConv2d(features, features, 1, data_channels=groups))
         self.head1 = MaskedConv2d(features, hidden, 1, data_channels=groups)
         self.head2 = MaskedConv2d(hidden, outputs, 1, data_channels=groups)
         if num_classes is not None:  # [class] -> a vector for each gate: layers x (vertical, horizontal) x 2C
             self.classes = nn.Embedding(self.num_classes, layers * 2 * 2 * features)
             nn.init.normal_(self.classes.weight, std=0.1)
-        scale = torch.arange(self.levels, dtype=torch.float64) * (2 / (self.levels - 1)) - 1
-        self.register_buffer("values", scale.float(), persistent=False)
+
+    def values(self, x):
+        """Levels -> float32 in [-1, 1], those that the sampler shows the network, whatever the model's dtype."""
+        return image_values(self.levels, torch.float32, x.device)[x.long()]
 
     # the network ------------------------------------------------------------------------------------------------------
 
@@ -103,13 +106,17 @@ class PixelCNN(Model):
         labels = labels.expand(n) if labels.dim() == 0 else labels
         if labels.shape != (n,):
             raise ValueError(f"cond must be labels [n] with n={n}, got {tuple(labels.shape)}")
-        if n and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
-            raise ValueError(f"cond must be in [0, {self.num_classes}), got {wrong}")
-        return self.classes(labels.long()).view(n, len(self.out), 2, -1).permute(1, 2, 0, 3)
+        if n and not torch.compiler.is_compiling():
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(f"cond must be in [0, {self.num_classes}), got {low if low < 0 else high}")
+        layers = len(self.out)
+        vectors = self.classes(labels.long()).view(n, layers, 2, self.classes.embedding_dim // (2 * layers))
+        return vectors.permute(1, 2, 0, 3)
 
     def network(self, values, cond=None):
         """``[n, c, h, w]`` scaled to [-1, 1] -> the head's parameters ``[n, outputs, h, w]``."""
+        values = values.to(self.head2.weight.dtype)
         vectors = self._gate_vectors(cond, values.shape[0])
         v = h = None
         for layer, (vertical, horizontal, link, out) in enumerate(
@@ -140,7 +147,7 @@ class PixelCNN(Model):
 
     def forward(self, x, cond=None):
         """Levels ``[n, c, h, w]`` -> logits ``[n, levels, c, h, w]``, or the mixture's parameters ``[n, -1, h, w]``."""
-        parameters = self.network(self.values[self._checked(x)], cond)
+        parameters = self.network(self.values(self._checked(x)), cond)
         if self.head == "categorical":
             return parameters.unflatten(1, (self.shape[0], self.levels)).transpose(1, 2)
         return parameters
@@ -150,8 +157,10 @@ class PixelCNN(Model):
         parameters, x = self(x, cond), x.long()
         if self.head == "categorical":
             return -ops.categorical_nll(parameters, x, reduction="image")
-        return -ops.discretized_logistic_mixture_nll(parameters, self.values[x].to(parameters.dtype),
-                                                     self.num_mixtures, levels=self.levels, reduction="image")
+        if parameters.dtype in HALVES:  # half types do not tell the levels apart
+            parameters = parameters.float()
+        return -ops.discretized_logistic_mixture_nll(parameters, self.values(x).to(parameters.dtype), self.num_mixtures,
+                                                     levels=self.levels, reduction="image")
 
     def bits_per_dim(self, x, cond=None):
         """Of each image, ``[n]``: ``-log2 p(x) / (c h w)``."""
@@ -175,7 +184,7 @@ class PixelCNN(Model):
             *(tuple(m.weight[:, :, 0, 0] for m in stack) for stack in (self.link, self.out)),
             *biases, torch.stack([m.bias for m in self.out]),
             self.head1.weight[:, :, 0, 0], self.head1.bias, self.head2.weight[:, :, 0, 0], self.head2.bias,
-        ).to(self.values.device)
+        )
 
     def sample(self, n, *, seed=None, given=None, given_mask=None, temperature=1.0, cond=None, callback=None):
         """n images of levels, int64 ``[n, c, h, w]``, by :func:`gmkernels.ops.pixelcnn_sample`: no Python per pixel.
@@ -212,8 +221,10 @@ class PixelCNN(Model):
         c, h, w = self.shape[0], min(12, self.shape[1]), min(12, self.shape[2])
         units = c if self.head == "categorical" else 1  # data channels that are predicted one after the other
         pixel, channel = torch.arange(h * w).view(h, w), torch.arange(units).view(-1, 1, 1)
-        device, dtype = self.values.device, self.head2.weight.dtype
+        device = self.head2.weight.device
         cond = None if self.num_classes is None else 0
+        if not self.network(torch.zeros(1, c, h, w, device=device), cond).isfinite().all():
+            raise RuntimeError("the network's outputs must be finite, got NaN or infinity: are all weights finite?")
         for first in range(0, h * w * units, 64):
             at = torch.arange(first, min(first + 64, h * w * units)).view(-1, 1, 1, 1)
             own, unit = at // units, at % units
@@ -221,7 +232,7 @@ class PixelCNN(Model):
             for other in (0.25, -0.75):  # in what is not known yet of the own pixel
                 hidden = (pixel == own) & (channel >= unit)
                 x = torch.where(pixel > own, math.nan, torch.where(hidden, other, 0.5)).expand(-1, c, -1, -1)
-                out = self.network(x.to(device, dtype), cond).unflatten(1, (units, -1)).cpu()
+                out = self.network(x.to(device), cond).unflatten(1, (units, -1)).cpu()
                 both.append(out.movedim(2, -1))
             now = (pixel == own) & (channel == unit)
             wrong = now & ~(both[0].isfinite() & (both[0] == both[1])).all(-1)

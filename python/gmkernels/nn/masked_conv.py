@@ -7,6 +7,7 @@ from torch import nn
 
 from .. import ops
 from .._call import check_int
+from ..ops.masked_conv import MAX_TAPS
 from ..ops.masked_conv_masks import check_mask, live_taps
 
 
@@ -42,6 +43,9 @@ class MaskedConv2d(nn.Module):
         if not all(k % 2 for k in self.kernel_size):
             raise ValueError(f"kernel_size must be odd (an even kernel has no centre), got {self.kernel_size}")
         self.mask_type, self.mask_order, self.data_channels = check_mask(mask_type, mask_order, data_channels)
+        taps = len(live_taps(*self.kernel_size, self.mask_type, self.mask_order, self.data_channels))
+        if taps > MAX_TAPS:
+            raise ValueError(f"kernel_size must leave at most {MAX_TAPS} live taps, got {taps} of {self.kernel_size}")
         self.dilation = dilation
         rows = self.out_channels * (1 if self.gate is None else 2)
         self.weight = nn.Parameter(torch.empty(rows, self.in_channels, *self.kernel_size, device=device, dtype=dtype))

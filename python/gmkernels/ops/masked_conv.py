@@ -27,7 +27,7 @@ _weight = Kernel("masked_conv2d_backward_weight", scratch=1)
 _PLAIN, _GATE, _GATE_GRADIENT = 0, 1, 2  # csrc/masked_conv/masked_conv.h
 _DTYPES = tuple(DTYPE_CODE)
 _GATES = (None, "tanh_sigmoid", "identity_sigmoid")
-_MAX_TAPS = 512
+MAX_TAPS = 512
 _ref = reference.masked_conv
 
 
@@ -77,8 +77,8 @@ def _check(x, weight, bias, cond, residual, taps, gate):
     if residual is not None and tuple(residual.shape) != (b, c_out // (2 if gate else 1), h, w):
         expected = f"the shape of the output, {(b, c_out // (2 if gate else 1), h, w)}"
         raise ValueError(f"residual must have {expected}, got {tuple(residual.shape)}")
-    if len(taps) > _MAX_TAPS:
-        raise ValueError(f"weight must have at most {_MAX_TAPS} live taps, got {len(taps)} of a {kh} x {kw} kernel")
+    if len(taps) > MAX_TAPS:
+        raise ValueError(f"weight must have at most {MAX_TAPS} live taps, got {len(taps)} of a {kh} x {kw} kernel")
     check_same_dtype("x", x, weight=weight, bias=bias, cond=cond, residual=residual)
 
 
@@ -395,8 +395,9 @@ def masked_conv2d(x, weight, bias=None, mask_type="B", *, mask_order="raster", d
     in the dtype of its inputs. The backward pass keeps x and weight, and with a gate z, or with ``recompute=True`` bias
     and cond instead.
 
-    A NaN or infinite pixel reaches exactly the outputs that see it (with data channels, those that see any channel of
-    it: the order of channels is a matter of zeros in the weight, and zero times NaN is NaN).
+    A NaN or infinite pixel reaches exactly the outputs that see it, but for torch's own convolution; with data channels
+    those that see any channel of it (the order of channels is a matter of zeros in the weight, and zero times NaN is
+    NaN).
 
     Errors: ``ValueError`` for shapes, even kernels, an odd number of gated channels, options; ``TypeError`` for dtypes.
 
@@ -439,7 +440,7 @@ def masked_conv2d(x, weight, bias=None, mask_type="B", *, mask_order="raster", d
         if out is None:
             return result
         _op._no_grad_into(out, (x, weight, bias))
-        return _copy_into(out, result)
+        return _copy_into(_like(x, weight.shape[0], out), result)
     keep = gate is not None and not recompute and out is None and torch.is_grad_enabled()
     keep = keep and any(t is not None and t.requires_grad for t in (x, weight, bias, cond))
     into = None if out is None else (out, x.new_empty((0,)))

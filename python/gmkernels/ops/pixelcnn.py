@@ -87,7 +87,7 @@ def _check_weights(weights, n, channels, outputs):
                              "device")
         sizes = [s if isinstance(s, int) else t.shape[i] if t.dim() == len(shape) else -1 for i, s in enumerate(shape)]
         rows = "rows" not in shape or sizes[1] in (1, n)
-        if list(t.shape) != sizes or 0 in sizes or not rows:
+        if list(t.shape) != sizes or 0 in sizes[:1] + sizes[1 + ("rows" in shape) :] or not rows:
             either = "1" if n == 1 else f"1 or {n}"
             expected = ", ".join(either if s == "rows" else str(s) for s in shape)
             raise ValueError(f"weights.{name} must be [{expected}], got {tuple(t.shape)}")
@@ -139,7 +139,7 @@ def _check_given(given, mask, shape, levels, device):
         raise TypeError(f"given must hold integer levels, got {given.dtype}")
     if mask.dtype is not torch.bool:
         raise TypeError(f"given_mask must be torch.bool, got {mask.dtype}")
-    given = given.detach().long().contiguous()
+    given = given.detach().resolve_neg().long().contiguous()
     wrong = mask & ((given < 0) | (given >= levels))
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
@@ -151,7 +151,7 @@ def _check_uniforms(uniforms, shape, device):
     _check_images("uniforms", uniforms, shape, device)
     if not uniforms.dtype.is_floating_point:
         raise TypeError(f"uniforms must be a floating-point tensor, got {uniforms.dtype}")
-    u = uniforms.detach().float().contiguous()
+    u = uniforms.detach().resolve_neg().float().contiguous()
     if not bool(((u >= 0) & (u < 1)).all()):
         raise ValueError("uniforms must be in [0, 1) as float32")
     return u
@@ -255,7 +255,7 @@ def _run(weights, sizes, outputs_wanted, random, given, head, callback):
     uniforms, seeds, seed, temperature = random
     kind, mixtures = head[1:]
     seed_rows = 1 if seeds is None or not seeds.dim() else n
-    seeds = None if seeds is None else seeds.contiguous()
+    seeds = None if seeds is None else seeds.resolve_neg().contiguous()
     rows = (weights.bias_vertical.shape[1], weights.bias_horizontal.shape[1])
     step = max(1, min(h, int(_CHUNK["cuda" if device.type == "cuda" else "cpu"] / (2.0 * n * w * numbers[0]))))
     if callback is not None:
