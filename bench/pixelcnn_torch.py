@@ -20,16 +20,16 @@ def _gate(z):
     return torch.tanh(a) * torch.sigmoid(b)
 
 
-def network(model, values):
-    """`model.network(values)` for grey images without classes."""
+def network(model, values, memory_format=torch.contiguous_format):
+    """`model.network(values)` for grey images without classes, from the first layer on in `memory_format`."""
     v = h = None
     for layer, (vertical, horizontal, link, out) in enumerate(
             zip(model.vertical, model.horizontal, model.link, model.out, strict=True)):
         kind = "B" if layer else "A"
         above = _gate(_cropped(v if layer else values, vertical.weight, vertical.bias, kind, "vertical"))
-        v = above + v if layer else above
+        v = above + v if layer else above.contiguous(memory_format=memory_format)
         z = _cropped(h if layer else values, horizontal.weight, horizontal.bias, kind, "horizontal")
         added = F.conv2d(_gate(z + F.conv2d(v, link.weight)), out.weight, out.bias)
-        h = added + h if layer else added
+        h = added + h if layer else added.contiguous(memory_format=memory_format)
     h = F.conv2d(F.relu(h), model.head1.weight, model.head1.bias)
     return F.conv2d(F.relu(h), model.head2.weight, model.head2.bias)

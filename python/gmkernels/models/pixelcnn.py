@@ -122,12 +122,14 @@ class PixelCNN(Model):
         for layer, (vertical, horizontal, link, out) in enumerate(
                 zip(self.vertical, self.horizontal, self.link, self.out, strict=True)):
             for_v, for_h = (None, None) if vectors is None else vectors[layer]
-            # The first layer is causal only without a residual: its input is the image itself.
+            # The first layer is causal only without a residual: its input is the image itself. From there on everything
+            # is channels_last, which the kernels read and write in place.
             above = vertical(values if layer == 0 else v, for_v, v)
+            above = above.contiguous(memory_format=torch.channels_last)
             linked = link(above)
             if for_h is not None:
                 linked = linked + for_h[:, :, None, None]
-            gated = horizontal(values if layer == 0 else h, linked)
+            gated = horizontal(values if layer == 0 else h, linked).contiguous(memory_format=torch.channels_last)
             v, h = above, out(gated, residual=h)
         return self.head2(F.relu(self.head1(F.relu(h))))
 
