@@ -91,7 +91,8 @@ GMK_HD int64_t pixelcnn_first(const PixelCnnSizes& s, int g, int64_t channels) {
   return (g * channels + s.groups - 1) / s.groups;
 }
 
-inline PixelCnnPlan pixelcnn_plan(const PixelCnnSizes& s) {
+// Static: instruction sets must not share it.
+[[maybe_unused]] static inline PixelCnnPlan pixelcnn_plan(const PixelCnnSizes& s) {
   PixelCnnPlan p{};
   const int64_t c = s.channels, C = s.features, r0 = s.kernel0 / 2, r = s.kernel / 2;
   for (int g = 0; g < s.groups; ++g) {
@@ -153,7 +154,8 @@ GMK_HD int pixelcnn_parts(int64_t outputs, int64_t k) {
   if (parts > least) parts = least;
   return int(parts > 8 ? 8 : parts > 1 ? parts : 1);
 }
-inline int64_t pixelcnn_scratch_cuda(const PixelCnnSizes& s, const PixelCnnPlan& p) {  // of the pixel pass of an image
+// Of the pixel pass of an image.
+[[maybe_unused]] static inline int64_t pixelcnn_scratch_cuda(const PixelCnnSizes& s, const PixelCnnPlan& p) {
   int64_t most = 0;
   const auto look = [&](int64_t outputs, int64_t k, int halves) {
     const int64_t parts = pixelcnn_parts(outputs, k), size = parts * halves * pixelcnn_round_up(outputs, 32);
@@ -170,7 +172,7 @@ inline int64_t pixelcnn_scratch_cuda(const PixelCnnSizes& s, const PixelCnnPlan&
   }
   return p.pixel + pixelcnn_round_up(most, 16);
 }
-inline int64_t pixelcnn_workspace_cuda(const PixelCnnSizes& s) {
+[[maybe_unused]] static inline int64_t pixelcnn_workspace_cuda(const PixelCnnSizes& s) {
   const PixelCnnPlan p = pixelcnn_plan(s);
   const int64_t scratch = pixelcnn_scratch_cuda(s, p);
   return s.n * (p.state + p.link_row + (scratch * int64_t(sizeof(float)) > kPixelCnnShared ? scratch : 0));
