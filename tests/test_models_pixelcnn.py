@@ -315,9 +315,9 @@ def test_command(data, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_digits():
-    """The goal of the issue: 483 steps of batch 128 reach 1.90 bits/dim on images that were not trained on."""
+    """The goal is 1.90 bits/dim on images that were not trained on, in 483 steps of batch 128: fewer do."""
     train, test = cli.images("digits")
     torch.manual_seed(0)
     m = models.PixelCNN((1, 8, 8), levels=17, features=64, layers=6)
-    m.fit(train, steps=483)
+    m.fit(train, steps=300)
     assert cli.bits_per_dim(m, test) <= 1.90
