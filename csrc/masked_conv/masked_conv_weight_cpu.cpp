@@ -82,7 +82,7 @@ template <class T, class S>
 void put_weights(const MaskedConvWeight& a, const T* partial, int64_t pitch, int64_t o, int64_t count) {
   const int64_t kernel = int64_t(a.taps.kh) * a.taps.kw;
   S* const weight = static_cast<S*>(a.weight) + o * a.c_in * kernel;
-  memset(weight, 0, size_t(count * a.c_in * kernel) * sizeof(S));  // dead taps stay so
+  if (a.c_in > 0) memset(weight, 0, size_t(count * a.c_in * kernel) * sizeof(S));  // dead taps stay so
   for (int t = 0; t < a.taps.count; ++t)
     for (int64_t c = 0; c < a.c_in; c += kInputs) {
       const int64_t inputs = least(kInputs, a.c_in - c);
