@@ -117,7 +117,7 @@ test-slow: $(WHEEL_STAMP)
 test-schedules: $(WHEEL_STAMP)
 	@for schedule in $$(PYTHONPATH=tests $(PY) -c "from simt import SCHEDULES; print(*SCHEDULES[1:])"); do
 	  echo "== emulator, schedule $$schedule"
-	  GMK_SIMT_SCHEDULE=$$schedule $(PY) -m pytest -n 2 -m "not slow" -k "simt and not huge" $(FAMILY_TESTS)
+	  OMP_WAIT_POLICY=passive GMK_SIMT_SCHEDULE=$$schedule $(PY) -m pytest -n 2 -m "not slow" -k "simt and not huge" $(FAMILY_TESTS)
 	done
 
 # All generations and the disassembly; STATIC_ARCHS=90 is the quick form, without it.
@@ -135,7 +135,7 @@ gpu-check-dry: $(STAMPS)/env
 	@$(PY) tests/gpu/check.py --dry $(PHASES)
 
 $(SANITIZE): sanitize-%: $(STAMPS)/env
-	@$(PY) tests/sanitize/run.py $*
+	@OMP_WAIT_POLICY=passive $(PY) tests/sanitize/run.py $*
 
 mutants: $(WHEEL_STAMP)
 	@PYTHONPATH=tests $(PY) -m mutation --family "$(FAMILY)" --sample $(or $(SAMPLE),0) --seed $(or $(SEED),0) --jobs $(or $(JOBS),2)
