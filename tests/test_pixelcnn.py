@@ -323,7 +323,7 @@ def test_no_images(device):
     assert got.shape == (0, 1, 4, 5) and got.dtype is torch.int64 and logits.shape == (0, 3, 4, 5)
 
 
-def test_memory_that_nobody_has():
+def test_huge_memory_that_nobody_has():
     with pytest.raises((MemoryError, RuntimeError)):
         SAMPLE(network(features=1, layers=1, hidden=1, outputs=2), 1, (1, 2**20, 2**30), levels=2, temperature=0)
 
