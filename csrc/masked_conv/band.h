@@ -54,8 +54,9 @@ GMK_INLINE void cut(Bands& s, const Taps& taps, int64_t h, int64_t w, int64_t ch
   }
   s.halo_y = bottom - s.top;
   s.halo_x = right - s.left;
-  s.across = ceil_div(w, 256);
-  s.cols = ceil_div(w, s.across);
+  s.cols = ceil_div(ceil_div(w, ceil_div(w, 256)), 2) * 2;  // a band ends in half a pair only where the image does
+  s.across = ceil_div(w, s.cols);
+  if (s.across == 1) s.cols = w;
   s.pitch = s.cols + s.halo_x;
   int64_t rows = least(ceil_div(pixels, s.cols), budget / most(1, s.pitch * channels) - s.halo_y);
   rows = most(1, least(rows, h));
@@ -83,25 +84,28 @@ GMK_INLINE Band band_of(const Bands& s, int64_t job) {
   return Band{job / s.per_image(), y, x, least(s.rows, s.h - y), least(s.cols, s.w - x)};
 }
 
+// Row r of a band of x, `cols` columns and its halo. False where it is above or below the image: then nothing is written.
+template <class T, class S>
+GMK_INLINE bool pack_row(const Bands& s, const Band& band, int64_t r, int64_t cols, const S* x, bool nhwc, T* row) {
+  const int64_t c = s.channels, first = band.x + s.left, end = first + cols + s.halo_x, y = band.y + s.top + r;
+  const int64_t from = least(most(first, 0), s.w), to = most(from, least(end, s.w));
+  if (y < 0 || y >= s.h || from == to) return false;
+  memset(row, 0, size_t((from - first) * c) * sizeof(T));
+  T* const inside = row + (from - first) * c;
+  if (nhwc) {
+    widen(x + ((band.image * s.h + y) * s.w + from) * c, (to - from) * c, inside);
+  } else {
+    transpose_in(x + (band.image * c * s.h + y) * s.w + from, s.h * s.w, c, to - from, inside, c);
+  }
+  memset(row + (to - first) * c, 0, size_t((end - to) * c) * sizeof(T));
+  return true;
+}
 template <class T, class S>
 void pack_band(const Bands& s, const Band& band, const S* x, bool nhwc, T* scratch) {
-  const int64_t c = s.channels, first = band.x + s.left, end = first + band.cols + s.halo_x;
-  const int64_t from = least(most(first, 0), s.w), to = most(from, least(end, s.w));
   for (int64_t r = 0; r < band.rows + s.halo_y; ++r) {
-    T* const row = scratch + r * s.pitch * c;
-    const int64_t y = band.y + s.top + r;
-    if (y < 0 || y >= s.h || from == to) {
-      memset(row, 0, size_t((end - first) * c) * sizeof(T));
-      continue;
-    }
-    memset(row, 0, size_t((from - first) * c) * sizeof(T));
-    T* const inside = row + (from - first) * c;
-    if (nhwc) {
-      widen(x + ((band.image * s.h + y) * s.w + from) * c, (to - from) * c, inside);
-    } else {
-      transpose_in(x + (band.image * c * s.h + y) * s.w + from, s.h * s.w, c, to - from, inside, c);
-    }
-    memset(row + (to - first) * c, 0, size_t((end - to) * c) * sizeof(T));
+    T* const row = scratch + r * s.pitch * s.channels;
+    if (!pack_row(s, band, r, band.cols, x, nhwc, row))
+      memset(row, 0, size_t((band.cols + s.halo_x) * s.channels) * sizeof(T));
   }
 }
 

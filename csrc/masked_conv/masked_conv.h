@@ -22,7 +22,7 @@ struct Taps {
   int kh, kw, dh, dw;       // kernel size, dilation
   int sign;                 // 1, or -1: offsets negated
   int count;                // live taps
-  int32_t index[kMaxTaps];  // ky * kw + kx, such that dx ascends within a row
+  int32_t index[kMaxTaps];  // ky * kw + kx; dx ascends within a row; weights of neighbours in the list may be added up
 };
 GMK_HD int64_t tap_dy(const Taps& t, int i) { return int64_t(t.sign) * (t.index[i] / t.kw - t.kh / 2) * t.dh; }
 GMK_HD int64_t tap_dx(const Taps& t, int i) { return int64_t(t.sign) * (t.index[i] % t.kw - t.kw / 2) * t.dw; }

@@ -1,10 +1,11 @@
 // Forward, gate, gate gradient and the gradient for x: kTile pixels x one panel of output channels stay in registers while
-// every live tap and input channel goes by. Bound by multiply-adds. A pixel is summed in the order of the taps whatever
-// tile, band or thread it falls to, so bands may be cut to suit the threads.
+// every live tap and input channel goes by; in float32 kTile pairs of pixels (winograd.h). Bound by multiply-adds. A pixel is
+// summed in the same order whatever tile, row of bands or thread it falls to, so bands may be cut to suit the threads.
 #include <omp.h>
 
 #include "masked_conv/pairs.h"
 #include "masked_conv/panel.h"
+#include "masked_conv/winograd.h"
 
 namespace gmk {
 namespace GMK_ISA_NS {
@@ -46,6 +47,25 @@ void pack_weights(const MaskedConv& a, const Panel& panel, const int16_t* place,
   }
 }
 
+// acc[p] += weights times what the runs find from slot[p] on; w moves past the weights.
+template <int vectors, class T>
+GMK_INLINE void add_products(const T* const (&slot)[kTile], const Run* run, int runs, const T*& w,
+                             V<T> (&acc)[kTile][vectors]) {
+  constexpr int n = simd<T>::n;
+  for (int r = 0; r < runs; ++r) {
+    const T* q[kTile];
+    for (int p = 0; p < kTile; ++p) q[p] = slot[p] + run[r].offset;
+    for (int64_t c = 0; c < run[r].length; ++c, w += vectors * n) {
+      V<T> word[vectors];
+      for (int j = 0; j < vectors; ++j) word[j] = load(w + j * n);
+      for (int p = 0; p < kTile; ++p) {
+        const V<T> value = splat(q[p][c]);
+        for (int j = 0; j < vectors; ++j) acc[p][j] = madd(value, word[j], acc[p][j]);
+      }
+    }
+  }
+}
+
 template <int vectors, class T>
 __attribute__((noinline)) void panel_pixels(const Bands& s, const Band& band, const T* scratch, const T* weights,
                                             const T* bias, const Target<T>& to) {
@@ -61,25 +81,71 @@ __attribute__((noinline)) void panel_pixels(const Bands& s, const Band& band, co
       for (int p = 0; p < kTile; ++p) acc[p][j] = b;
     }
     const T* w = weights;
-    for (int r = 0; r < s.runs; ++r) {
-      const T* q[kTile];
-      for (int p = 0; p < kTile; ++p) q[p] = tile.slot[p] + s.run[r].offset;
-      for (int64_t c = 0; c < s.run[r].length; ++c, w += vectors * n) {
-        V<T> word[vectors];
-        for (int j = 0; j < vectors; ++j) word[j] = load(w + j * n);
-        for (int p = 0; p < kTile; ++p) {
-          const V<T> value = splat(q[p][c]);
-          for (int j = 0; j < vectors; ++j) acc[p][j] = madd(value, word[j], acc[p][j]);
-        }
-      }
-    }
+    add_products<vectors>(tile.slot, s.run, s.runs, w, acc);
     finish<T>(tile, to, acc);
   }
 }
 
+// As panel_pixels, by winograd.h: a tile is of pairs of pixels.
+template <int vectors>
+__attribute__((noinline)) void panel_pairs(const Winograd& f, const Band& band, const float* scratch,
+                                           const float* weights, const float* bias, const Target<float>& to) {
+  const int64_t across = (band.cols + 1) / 2, pairs = band.rows * across;
+  int64_t y = 0, x = 0;
+  for (int64_t first = 0; first < pairs; first += kTile) {
+    const float* slot[kTile];
+    int64_t row[kTile], column[kTile];
+    const int live = int(least(kTile, pairs - first));
+    for (int p = 0; p < kTile; ++p) {
+      slot[p] = p < live ? scratch + y * f.pitch + x * f.planes * f.channels : slot[p - 1];
+      row[p] = y;
+      column[p] = 2 * x;
+      if (++x == across) {
+        x = 0;
+        ++y;
+      }
+    }
+    vfloat sum[kPoints][kTile][vectors];
+    const float* w = weights;
+    for (int point = 0; point < kPoints; ++point) {
+      vfloat acc[kTile][vectors];
+      for (int j = 0; j < vectors; ++j) {
+        const vfloat b = point == 1 ? load(bias + j * kLanes) : vfloat{};  // m1 is in both pixels
+        for (int p = 0; p < kTile; ++p) acc[p][j] = b;
+      }
+      add_products<vectors>(slot, f.run[point], f.runs[point], w, acc);
+      for (int p = 0; p < kTile; ++p)
+        for (int j = 0; j < vectors; ++j) sum[point][p][j] = acc[p][j];
+    }
+    Tile<float> tile;
+    tile.live = 0;
+    vfloat acc[kTile][vectors];
+    for (int p = 0; p < live; ++p)
+      for (int second = 0; second < 2 && column[p] + second < band.cols; ++second) {
+        for (int j = 0; j < vectors; ++j)
+          acc[tile.live][j] =
+              second ? sum[1][p][j] - sum[2][p][j] + sum[3][p][j] : sum[0][p][j] + sum[1][p][j] + sum[2][p][j];
+        tile.row[tile.live] = row[p];
+        tile.column[tile.live] = column[p] + second;
+        if (++tile.live < kTile) continue;
+        finish<float>(tile, to, acc);
+        tile.live = 0;
+      }
+    if (tile.live) finish<float>(tile, to, acc);
+  }
+}
+
+template <int vectors, class T, class X>
+GMK_INLINE void panel_sums(const Bands& s, const Winograd* f, const Band& band, const X* scratch, const X* weights,
+                           const T* bias, const Target<X>& to) {
+  if constexpr (kSame<X, float>)
+    if (f) return panel_pairs<vectors>(*f, band, scratch, weights, bias, to);
+  panel_pixels<vectors>(s, band, scratch, weights, bias, to);
+}
+
 template <class T, class S, class X>
-void one_panel(const MaskedConv& a, const Bands& s, const Band& band, const Panel& panel, const X* scratch,
-               const X* weights, const T* bias, X* buffer) {
+void one_panel(const MaskedConv& a, const Bands& s, const Winograd* f, const Band& band, const Panel& panel,
+               const X* scratch, const X* weights, const T* bias, X* buffer) {
   const int64_t gated = a.c_out / 2, channels = a.gate == kGate ? gated : a.c_out, second = panel.second ? gated : 0;
   const int64_t width = panel.vectors * simd<T>::n;
   Target<X> to{};
@@ -99,11 +165,10 @@ void one_panel(const MaskedConv& a, const Bands& s, const Band& band, const Pane
   if (a.z) to.z = result(a.z, a.c_out);
   T shifted[kWidth<T>];
   if (a.cond && !a.cond_map) {
-    T* more = shifted;
     memset(shifted, 0, sizeof shifted);
     const S* const cond = static_cast<const S*>(a.cond) + band.image * a.c_out + panel.channel;
-    widen(cond, panel.count, more);
-    if (second) widen(cond + second, panel.count, more + panel.second);
+    widen(cond, panel.count, shifted);
+    if (second) widen(cond + second, panel.count, shifted + panel.second);
     for (int64_t l = 0; l < width; ++l) shifted[l] += bias[l];
     bias = shifted;
   }
@@ -113,16 +178,16 @@ void one_panel(const MaskedConv& a, const Bands& s, const Band& band, const Pane
   to.grad = lines_of<T, X, S>(a, s, band, panel, a.grad, a.grad_nhwc, gated, 0, next);
   switch (panel.vectors) {
     case 1:
-      panel_pixels<1>(s, band, scratch, weights, bias, to);
+      panel_sums<1>(s, f, band, scratch, weights, bias, to);
       break;
     case 2:
-      panel_pixels<2>(s, band, scratch, weights, bias, to);
+      panel_sums<2>(s, f, band, scratch, weights, bias, to);
       break;
     case 3:
-      panel_pixels<kThree>(s, band, scratch, weights, bias, to);
+      panel_sums<kThree>(s, f, band, scratch, weights, bias, to);
       break;
     default:
-      panel_pixels<kVectors>(s, band, scratch, weights, bias, to);
+      panel_sums<kVectors>(s, f, band, scratch, weights, bias, to);
   }
   if (direct) return;
   const auto bring = [&](void* tensor, const X* from, int64_t all, int64_t channel) {
@@ -144,14 +209,22 @@ Status run(const MaskedConv& a, int threads) {
   // Bands: four for each thread, yet enough pixels that a panel of weights, read once per band, costs little beside them.
   const int64_t pixels = most(96, least(1024, all / (4 * threads)));
   cut(s, a.taps, a.h, a.w, a.c_in, pixels, (512 << 10) / int64_t(sizeof(X)));
-  int64_t rows = k;
+  int64_t rows = k, slots = s.scratch();
+  Winograd winograd;
+  const Winograd* f = nullptr;
+  if constexpr (kSame<X, float>)
+    if (plan(winograd, s, a.taps)) {
+      f = &winograd;
+      rows = f->products * a.c_in;
+      slots = row_size(s) + plane_size(*f, s);
+    }
 #ifdef GMK_PAIRS
   if constexpr (!kSame<T, X>) rows = paired_rows(s);
 #endif
   const int64_t count = panels<T>(a), panel_size = rows * kWidth<T>, jobs = a.b * s.per_image();
   const int tensors = 1 + (a.z != nullptr) + (a.cond && a.cond_map) + (a.residual != nullptr) + (a.grad != nullptr);
-  // A thread's own: a band of x (before that, weights that are not pairs yet), and panels.
-  const int64_t slots = (most(s.scratch(), kSame<T, X> ? 0 : k * kWidth<T>) + 31) / 32 * 32;
+  // A thread's own: a band of x (before that, weights tap by tap where the sums take them otherwise), and panels.
+  slots = (most(slots, kSame<T, X> && !f ? 0 : k * kWidth<T>) + 31) / 32 * 32;
   const int64_t own = tensors * ((s.pixels() * kWidth<T> + 31) / 32 * 32);
   const Scratch<X> weights(count * panel_size), scratch(threads * slots), buffers(threads * own);
   const Scratch<T> bias(count * kWidth<T>);
@@ -166,19 +239,27 @@ Status run(const MaskedConv& a, int threads) {
     for (int64_t i = 0; i < count; ++i) {
       const Panel panel = panel_of<T>(a, i);
       X* const to = weights.get() + i * panel_size;
-      pack_weights<T, S>(a, panel, place.get(), kSame<T, X> ? to : mine, bias.get() + i * kWidth<T>);
+      pack_weights<T, S>(a, panel, place.get(), kSame<T, X> && !f ? to : mine, bias.get() + i * kWidth<T>);
+      if constexpr (kSame<X, float>)
+        if (f) combine_weights(*f, mine, panel.vectors * kLanes, to);
 #ifdef GMK_PAIRS
       if constexpr (!kSame<T, X>) pair_weights(s, mine, panel.vectors * kLanes, to);
 #endif
     }
-    memset(mine, 0, size_t(s.scratch()) * sizeof(X));
+    if (!f) memset(mine, 0, size_t(s.scratch()) * sizeof(X));
 #pragma omp for schedule(dynamic)
     for (int64_t job = 0; job < jobs; ++job) {
       const Band band = band_of(s, job);
-      pack_band(s, band, static_cast<const S*>(a.x), a.x_nhwc, mine);
+      const X* factors = mine;
+      if constexpr (kSame<X, float>)
+        if (f) {
+          pack_planes(*f, s, band, static_cast<const S*>(a.x), a.x_nhwc, mine, mine + row_size(s));
+          factors = mine + row_size(s);
+        }
+      if (!f) pack_band(s, band, static_cast<const S*>(a.x), a.x_nhwc, mine);
       for (int64_t i = 0; i < count; ++i)
-        one_panel<T, S>(a, s, band, panel_of<T>(a, i), mine, weights.get() + i * panel_size, bias.get() + i * kWidth<T>,
-                        buffers.get() + omp_get_thread_num() * own);
+        one_panel<T, S>(a, s, f, band, panel_of<T>(a, i), factors, weights.get() + i * panel_size,
+                        bias.get() + i * kWidth<T>, buffers.get() + omp_get_thread_num() * own);
     }
   }
   return kOk;

@@ -5,6 +5,7 @@
 
 #include "masked_conv/band.h"
 #include "masked_conv/pairs_weight.h"
+#include "masked_conv/winograd.h"
 
 namespace gmk {
 namespace GMK_ISA_NS {
@@ -13,21 +14,26 @@ namespace {
 template <class T>
 using V = typename simd<T>::v;
 
-// partial[row] += sum over the band's pixels of x[pixel][row] * g[pixel], row = a live tap and an input channel.
+// How a band is walked: its rows, and in each `count` items (pixels, or pairs of them) of `step` values.
+struct Walk {
+  int64_t rows, count, pitch, step;
+};
+
+// partial[row] += sum over the band's items of x[item][row] * g[item], row = where a run goes by; partial moves past the rows.
 template <class T, int vectors>
-__attribute__((noinline)) void band_products(const Bands& s, const Band& band, const T* scratch, const T* g, T* partial,
-                                             int64_t pitch) {
+__attribute__((noinline)) void band_products(const Run* run, int runs, const Walk& walk, const T* scratch, const T* g,
+                                             T*& partial, int64_t pitch) {
   constexpr int n = simd<T>::n;
-  for (int r = 0; r < s.runs; ++r) {
-    const int64_t length = s.run[r].length;
+  for (int r = 0; r < runs; ++r) {
+    const int64_t length = run[r].length;
     for (int64_t k = 0; k < length; k += kTile, partial += kTile * pitch) {
       V<T> acc[kTile][vectors];
       for (int i = 0; i < kTile; ++i)
         for (int j = 0; j < vectors; ++j) acc[i][j] = V<T>{};
       const T* word = g;
-      for (int64_t y = 0; y < band.rows; ++y) {
-        const T* q = scratch + y * s.pitch * s.channels + s.run[r].offset + k;
-        for (int64_t x = 0; x < band.cols; ++x, q += s.channels, word += vectors * n) {
+      for (int64_t y = 0; y < walk.rows; ++y) {
+        const T* q = scratch + y * walk.pitch + run[r].offset + k;
+        for (int64_t x = 0; x < walk.count; ++x, q += walk.step, word += vectors * n) {
           V<T> v[vectors];
           for (int j = 0; j < vectors; ++j) v[j] = load(word + j * n);
           for (int i = 0; i < kTile; ++i) {
@@ -47,26 +53,57 @@ __attribute__((noinline)) void band_products(const Bands& s, const Band& band, c
   }
 }
 
-// partial: [taps * c_in + 1][pitch] of this panel's columns; the last row is the bias.
+// By winograd.h: its sums are linear in the weights too, so a product's gradient takes of a pair's gradients e what the
+// product adds to: e0, e0 + e1, e0 - e1, e1. g: [pixel][vectors]; pairs: room for one of the four.
+template <int vectors>
+void pair_products(const Winograd& f, const Band& band, const float* scratch, const float* g, float* pairs,
+                   float* partial, int64_t pitch) {
+  constexpr int64_t width = vectors * kLanes;
+  const Walk walk{band.rows, (band.cols + 1) / 2, f.pitch, f.planes * f.channels};
+  for (int point = 0; point < kPoints; ++point) {
+    float* to = pairs;
+    for (int64_t y = 0; y < band.rows; ++y)
+      for (int64_t x = 0; x < band.cols; x += 2, to += width) {
+        const float* const e = g + (y * band.cols + x) * width;
+        const bool both = x + 1 < band.cols;
+        for (int64_t l = 0; l < width; l += kLanes) {
+          const vfloat a = load(e + l), b = both ? load(e + width + l) : vfloat{};
+          store(to + l, point == 0 ? a : point == 1 ? a + b : point == 2 ? a - b : b);
+        }
+      }
+    band_products<float, vectors>(f.run[point], f.runs[point], walk, scratch, pairs, partial, pitch);
+  }
+}
+
+template <class T, int vectors>
+GMK_INLINE void panel_products(const Bands& s, const Winograd* f, const Band& band, const T* scratch, T* panel,
+                               T* partial, int64_t pitch) {
+  if constexpr (kSame<T, float>)
+    if (f) return pair_products<vectors>(*f, band, scratch, panel, panel + s.pixels() * kWidth<T>, partial, pitch);
+  const Walk walk{band.rows, band.cols, s.pitch * s.channels, s.channels};
+  band_products<T, vectors>(s.run, s.runs, walk, scratch, panel, partial, pitch);
+}
+
+// partial: [rows + 1][pitch] of this panel's columns; the last row is the bias.
 template <class T, class S>
-void one_panel(const MaskedConvWeight& a, const Bands& s, const Band& band, int64_t channel, int64_t count, int vectors,
-               const T* scratch, T* panel, T* partial, int64_t pitch) {
+void one_panel(const MaskedConvWeight& a, const Bands& s, const Winograd* f, const Band& band, int64_t channel,
+               int64_t count, int vectors, const T* scratch, T* panel, T* partial, int64_t rows, int64_t pitch) {
   constexpr int n = simd<T>::n;
-  const int64_t rows = a.taps.count * a.c_in, width = vectors * n;
+  const int64_t width = vectors * n;
   if (count < width) memset(panel, 0, size_t(band.pixels() * width) * sizeof(T));
   load_panel(s, band, static_cast<const S*>(a.grad), a.grad_nhwc, a.c_out, channel, count, panel, width);
   switch (vectors) {
     case 1:
-      band_products<T, 1>(s, band, scratch, panel, partial, pitch);
+      panel_products<T, 1>(s, f, band, scratch, panel, partial, pitch);
       break;
     case 2:
-      band_products<T, 2>(s, band, scratch, panel, partial, pitch);
+      panel_products<T, 2>(s, f, band, scratch, panel, partial, pitch);
       break;
     case 3:
-      band_products<T, kThree>(s, band, scratch, panel, partial, pitch);
+      panel_products<T, kThree>(s, f, band, scratch, panel, partial, pitch);
       break;
     default:
-      band_products<T, kVectors>(s, band, scratch, panel, partial, pitch);
+      panel_products<T, kVectors>(s, f, band, scratch, panel, partial, pitch);
   }
   for (int j = 0; j < vectors; ++j) {
     V<T> sum{};
@@ -95,31 +132,71 @@ void put_weights(const MaskedConvWeight& a, const T* partial, int64_t pitch, int
   if (a.bias) narrow(partial + a.taps.count * a.c_in * pitch + o, count, static_cast<S*>(a.bias) + o);
 }
 
+// [tap][c_in][pitch] from [product][c_in][pitch], of one input channel.
+GMK_INLINE void take_apart(const Winograd& f, int64_t c, const float* products, float* taps, int64_t pitch) {
+  int at[kPoints][kMaxSegments], k = 0;
+  each_product(f, [&](int point, int i) { at[point][i] = k++; });
+  for (int i = 0; i < f.segments; ++i) {
+    const int count = f.segment[i].taps;
+    const auto product = [&](int point) { return products + (at[point][i] * f.channels + c) * pitch; };
+    const auto tap = [&](int t) { return taps + ((f.segment[i].tap + t) * f.channels + c) * pitch; };
+    const float *const m0 = product(0), *const m3 = product(3);
+    const float *const m1 = count > 1 ? product(1) : nullptr, *const m2 = count > 2 ? product(2) : nullptr;
+    for (int64_t l = 0; l < pitch; l += kLanes) {
+      const vfloat first = load(m0 + l), last = load(m3 + l), half = splat(0.5f);
+      if (count == 1) {
+        store(tap(0) + l, first + last);
+      } else if (count == 2) {
+        const vfloat both = load(m1 + l);
+        store(tap(0) + l, first + both);
+        store(tap(1) + l, both + last);
+      } else {
+        const vfloat sum = half * (load(m1 + l) + load(m2 + l));
+        store(tap(0) + l, first + sum);
+        store(tap(1) + l, half * (load(m1 + l) - load(m2 + l)));
+        store(tap(2) + l, sum + last);
+      }
+    }
+  }
+}
+
 // T: of sums; S: of tensors; X: of factors, T or, where products are of pairs, S.
 template <class T, class S, class X = T>
 Status run(const MaskedConvWeight& a, int threads) {
-  const int64_t kernel = int64_t(a.taps.kh) * a.taps.kw, rows = a.taps.count * a.c_in;
+  const int64_t kernel = int64_t(a.taps.kh) * a.taps.kw, k = a.taps.count * a.c_in;
   if (a.b <= 0 || a.h <= 0 || a.w <= 0) {
     if (a.c_in > 0) memset(a.weight, 0, size_t(a.c_out * a.c_in * kernel) * sizeof(S));
     if (a.bias) memset(a.bias, 0, size_t(a.c_out) * sizeof(S));
     return kOk;
   }
   const int64_t all = a.b * a.h * a.w, pitch = ceil_div(a.c_out, kWidth<T>) * kWidth<T>, panels = pitch / kWidth<T>;
-  threads = team(all * (rows + 8) / 64 * pitch, threads);
+  threads = team(all * (k + 8) / 64 * pitch, threads);
   Bands s;
-  cut(s, a.taps, a.h, a.w, a.c_in, 128, (512 << 10) / int64_t(sizeof(X)));
+  const int64_t budget = (512 << 10) / int64_t(sizeof(X));
+  cut(s, a.taps, a.h, a.w, a.c_in, 128, budget);
+  int64_t rows = k, values = s.scratch(), panel = s.rows * (s.cols + 1) * kWidth<T>;  // a row may end in half a pair
+  Winograd winograd;
+  const Winograd* f = nullptr;
+  if constexpr (kSame<X, float>)
+    if (plan(winograd, s, a.taps)) {
+      cut(s, a.taps, a.h, a.w, a.c_in, 256, budget);  // as many pairs
+      f = &winograd;
+      rows = f->products * a.c_in;
+      values = row_size(s) + plane_size(*f, s);
+      panel = (s.pixels() + s.rows * ((s.cols + 1) / 2)) * kWidth<T>;
+    }
   const int64_t jobs = a.b * s.per_image();
   // Partial sums: at most 16, and together no larger than the tensors that are read.
   const int64_t groups = most(1, least(least(jobs, 16), all * (a.c_in + a.c_out) / ((rows + 1) * pitch)));
   // Panels of a group share a band of x; they are worked on apart where there would be too few items for the threads.
   const int64_t parts = groups >= 4 * threads ? 1 : panels;
-  // A row of pixels may end in half a pair.
-  const int64_t slots = (s.scratch() + 31) / 32 * 32, own = slots + s.rows * (s.cols + 1) * kWidth<T>;
+  const int64_t slots = (values + 31) / 32 * 32, own = slots + panel;
   const Scratch<T> partial(groups * (rows + 1) * pitch);
   const Scratch<X> scratch(threads * own);
-  const Scratch<int64_t> start(rows);  // of a weight's first factor in planes
-  if (!partial.ok() || !scratch.ok() || !start.ok()) return kOutOfMemory;
-  for (int64_t row = 0; row < rows; ++row) {
+  const Scratch<T> apart(f ? (k + 1) * pitch : 0);
+  const Scratch<int64_t> start(k);  // of a weight's first factor in planes
+  if (!partial.ok() || !scratch.ok() || !apart.ok() || !start.ok()) return kOutOfMemory;
+  for (int64_t row = 0; row < k; ++row) {
     const int tap = int(row / a.c_in);
     const int64_t y = tap_dy(a.taps, tap) - s.top, x = tap_dx(a.taps, tap) - s.left;
     start.get()[row] = (row % a.c_in * (s.rows + s.halo_y) + y) * s.pitch + x;
@@ -127,7 +204,7 @@ Status run(const MaskedConvWeight& a, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     X* const mine = scratch.get() + omp_get_thread_num() * own;
-    memset(mine, 0, size_t(s.scratch()) * sizeof(X));
+    if (!f) memset(mine, 0, size_t(s.scratch()) * sizeof(X));
     X* const buffer = mine + slots;
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < groups * parts; ++item) {
@@ -138,12 +215,21 @@ Status run(const MaskedConvWeight& a, int threads) {
       for (int64_t row = 0; row <= rows; ++row) memset(sums + row * pitch + o, 0, size_t(end - o) * sizeof(T));
       for (int64_t job = jobs * group / groups; job < jobs * (group + 1) / groups; ++job) {
         const Band band = band_of(s, job);
+        const S* const x = static_cast<const S*>(a.x);
+        const X* factors = mine;
+        if constexpr (kSame<X, float>)
+          if (f) {
+            pack_planes(*f, s, band, x, a.x_nhwc, mine, mine + row_size(s));
+            factors = mine + row_size(s);
+          }
+        if (!f) {
 #ifdef GMK_PAIRS
-        if constexpr (!kSame<T, X>)
-          pack_planes(s, band, static_cast<const S*>(a.x), a.x_nhwc, mine);
-        else
+          if constexpr (!kSame<T, X>)
+            pack_planes(s, band, x, a.x_nhwc, mine);
+          else
 #endif
-          pack_band(s, band, static_cast<const S*>(a.x), a.x_nhwc, mine);
+            pack_band(s, band, x, a.x_nhwc, mine);
+        }
         for (int64_t channel = o; channel < end; channel += kWidth<T>) {
           const int64_t count = least(kWidth<T>, a.c_out - channel);
           const int vectors = int(ceil_div(count, simd<T>::n));
@@ -152,7 +238,7 @@ Status run(const MaskedConvWeight& a, int threads) {
             pair_panel(s, band, a, start.get(), channel, count, vectors, mine, buffer, sums + channel, pitch);
           else
 #endif
-            one_panel<T, S>(a, s, band, channel, count, vectors, mine, buffer, sums + channel, pitch);
+            one_panel<T, S>(a, s, f, band, channel, count, vectors, factors, buffer, sums + channel, rows, pitch);
         }
       }
     }
@@ -162,9 +248,21 @@ Status run(const MaskedConvWeight& a, int threads) {
       for (int64_t group = 1; group < groups; ++group)
         for (int64_t o = 0; o < a.c_out; ++o) sum[o] += sum[group * (rows + 1) * pitch + o];
     }
+    const T* weights = partial.get();
+    if constexpr (kSame<X, float>)
+      if (f) {
+#pragma omp for schedule(static)
+        for (int64_t c = 0; c <= a.c_in; ++c)
+          if (c < a.c_in) {
+            take_apart(*f, c, partial.get(), apart.get(), pitch);
+          } else {
+            memcpy(apart.get() + k * pitch, partial.get() + rows * pitch, size_t(pitch) * sizeof(T));
+          }
+        weights = apart.get();
+      }
 #pragma omp for schedule(static)
     for (int64_t o = 0; o < a.c_out; o += kOutputs)
-      put_weights<T, S>(a, partial.get(), pitch, o, least(kOutputs, a.c_out - o));
+      put_weights<T, S>(a, weights, pitch, o, least(kOutputs, a.c_out - o));
   }
   return kOk;
 }

@@ -36,9 +36,15 @@ def _described(mask):
 
 
 def live_taps(kh, kw, mask_type, mask_order, data_channels):
-    """Indices ky * kw + kx, ascending. A boolean mask is read on the host."""
+    """Indices ky * kw + kx, ascending in a row. A boolean mask is read on the host.
+
+    Where zeros in the weight of the centre stand for the order of data channels, the centre comes first: kernels add up
+    weights of taps that follow each other in a row, and what a zero forbids would come back as rounding.
+    """
     if isinstance(mask_type, str):
-        return _ref.taps(kh, kw, mask_type, mask_order, data_channels)
+        taps, centre = _ref.taps(kh, kw, mask_type, mask_order, data_channels), kh * kw // 2
+        partial = data_channels > 1 and mask_order != "vertical" and centre in taps
+        return [centre, *(t for t in taps if t != centre)] if partial else taps
     sizes = {len(row) for row in mask_type}
     if len(mask_type) != kh or sizes != {kw}:
         raise ValueError(f"mask_type must be [kh, kw] = {(kh, kw)} as weight, got {len(mask_type)} rows of {sizes}")
