@@ -134,7 +134,6 @@ class Op:
     launch            (output, *args) -> None: plain strided tensors of one device, no gradient. Calls a Kernel.
     reference         the same function in plain torch: the oracle of the tests, forward-mode AD, vmap, and the fallback
     dtypes            those of the first tensor that `launch` takes; other floating dtypes run the reference
-    cuda_dtypes       those that it takes on CUDA besides
     setup, backward   as in torch.library.register_autograd; a backward made of ops can be differentiated again
     autocast          dtype to compute in under torch.autocast, for a kernel that has no half precision
     kernel            the Kernel that `launch` calls: a CUDA tensor without a CUDA half runs the reference
@@ -142,11 +141,10 @@ class Op:
     """
 
     def __init__(self, schema, *, outputs, launch, reference, kernel, dtypes=(torch.float32, torch.float64),
-                 cuda_dtypes=(), setup=None, backward=None, autocast=None, device_arg=None):
+                 setup=None, backward=None, autocast=None, device_arg=None):
         self.name = name = schema.partition("(")[0]
         self.outputs, self.launch, self.reference, self.kernel = outputs, launch, reference, kernel
         self.dtypes, self.autocast, self.device_arg = frozenset(dtypes), autocast, device_arg
-        self.cuda_dtypes = self.dtypes.union(cuda_dtypes)
         self._warned = False
         _library.define(schema)
         for backend in _BACKENDS:
@@ -223,8 +221,7 @@ class Op:
             kind = args[self.device_arg].type
         else:
             kind = "cpu" if first.is_cpu else first.device.type
-            dtypes = self.cuda_dtypes if kind == "cuda" or Kernel.backend is not None else self.dtypes
-            if first.dtype not in dtypes and first.dtype.is_floating_point:
+            if first.dtype not in self.dtypes and first.dtype.is_floating_point:
                 return self._fall_back(args, out, f"no {first.dtype} kernel")
         if kind != "cpu" and (kind != "cuda" or self.kernel.cuda is None):
             if kind == "meta":
