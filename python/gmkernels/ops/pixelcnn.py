@@ -2,15 +2,13 @@
 
 import functools
 import math
-import os
 import sys
-import warnings
 from dataclasses import dataclass, fields
 
 import torch
 
 from .. import _C
-from .._call import Kernel, check_int, split_seed
+from .._call import Kernel, check_int, has_kernel, split_seed, warn_of_fallback
 from ..reference import pixelcnn as _ref
 from ..reference.likelihood import KINDS
 from .random import STREAM_PIXELCNN, philox_uniform
@@ -228,16 +226,6 @@ def _biases(weights):
 # the call ------------------------------------------------------------------------------------------------------------
 
 
-def _has_kernel(device):
-    if device.type == "cpu" or (device.type == "cuda" and _sample.cuda is not None):
-        return True
-    why = f"no kernel for {device.type} in this build"
-    if os.environ.get("GMKERNELS_STRICT", "0") not in ("", "0"):
-        raise NotImplementedError(f"pixelcnn_sample: {why} (GMKERNELS_STRICT is set)")
-    warnings.warn(f"gmkernels.pixelcnn_sample: {why}; running the reference in plain torch", stacklevel=4)
-    return False
-
-
 def _run(weights, sizes, outputs_wanted, random, given, head, callback):
     """The kernel, in calls of some rows."""
     n, c, h, w, levels, features, layers, hidden, outputs, groups, *_ = sizes
@@ -380,11 +368,12 @@ def pixelcnn_sample(weights, n, shape, *, levels=256, head="categorical", num_mi
         drawn = torch.empty(images, dtype=torch.int64, device=device)
         logits = torch.empty((0, outputs, h, w), device=device)
         return (drawn, logits) if return_logits else drawn
-    if _has_kernel(device):
+    if has_kernel(_sample, device.type):
         sizes = (*images, levels, features, layers, hidden, outputs, groups, k0, k)
         drawn, logits, bad = _run(weights, sizes, return_logits, (uniforms, seeds, number, float(temperature)),
                                   (given, given_mask), (head, KINDS.index(parametrization), num_mixtures), callback)
     else:
+        warn_of_fallback("pixelcnn_sample", f"no kernel for {device.type} in this build")
         drawn, logits, bad = _ref.pixelcnn_sample(
             weights, n, (c, h, w), levels, head, num_mixtures, parametrization, groups, temperature, seeds, number,
             uniforms, given, given_mask, torch.float32)
