@@ -49,8 +49,8 @@ OPTIONS = {
 LIBRARIES = {"address": ("libasan.so", "libubsan.so", "libstdc++.so"), "thread": ("libtsan.so", "libstdc++.so")}
 
 # Inductor's g++ would run under the sanitizer too, and makes no code of ours; gradcheck is thousands of calls at one
-# shape, which other tests of gradients have; sizes that no allocator gives ("huge") a sanitizer reports as its own limit;
-the rest is torch, a peer or a child process.
+# shape, which other tests of gradients have; sizes that nobody has ("huge") are beyond a sanitizer's own limit; the
+# rest is torch, a peer or a child process.
 ELSEWHERE = ("simt", "cuda", "huge", "emulator", "compile", "opcheck", "gradcheck", "second_derivatives", "diffusers",
              "scikit_learn", "nothing_of_size")
 
