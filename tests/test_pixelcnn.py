@@ -352,6 +352,7 @@ ZEROS = torch.zeros
     ({"temperature": -0.1}, ValueError, "temperature must be in [0, inf), got -0.1"),
     ({"temperature": math.nan}, ValueError, "temperature must be in [0, inf), got nan"),
     ({"temperature": "hot"}, TypeError, "temperature must be a float, got str"),
+    ({"temperature": True}, TypeError, "temperature must be a float, got bool"),
     ({"seed": torch.arange(3)}, ValueError, "seed must have shape [] or [2], got (3,)"),
     ({"seed": 1, "uniforms": ZEROS(2, 1, 2, 2)}, ValueError, "uniforms are for the categorical head, in place of"),
     ({"uniforms": ZEROS(2, 1, 2)}, ValueError, "uniforms must be [n, c, h, w] = [2, 1, 2, 2], got (2, 1, 2)"),
