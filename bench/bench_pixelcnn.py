@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from .. import _C, ops, reference
+from . import pixelcnn_torch
 from .case import Case
+from .pixelcnn_torch import gate
 
 OPS = ("pixelcnn_sample",)
 _C_, _LAYERS, _HIDDEN, _LEVELS, _SIDE, _K0 = 64, 13, 256, 256, 28, 7
@@ -44,20 +46,14 @@ def _weights(device):
     )
 
 
-def _gate(z, dim):
-    a, b = z.chunk(2, dim)
-    return torch.tanh(a) * torch.sigmoid(b)
-
-
 class CachedEager:
     """The incremental sampler, as one would write it in torch: conv2d per layer and row, addmm per layer and pixel."""
 
     def __init__(self, weights):
         self.w = weights
-        self.vertical = [w[:, :, : w.shape[-1] // 2 + (l > 0)].contiguous() for l, w in enumerate(weights.vertical)]
-        first, *rest = weights.horizontal  # [left and own pixel's channels, outputs]
-        self.horizontal = [first[:, 0, 0, : _K0 // 2].t().contiguous()]
-        self.horizontal += [w[:, :, 0, :2].permute(2, 1, 0).flatten(0, 1).contiguous() for w in rest]
+        vertical, horizontal = pixelcnn_torch.cropped(weights.vertical, weights.horizontal)
+        self.vertical = [w.contiguous() for w in vertical]
+        self.horizontal = [w[:, :, 0].permute(2, 1, 0).flatten(0, 1).contiguous() for w in horizontal]
         self.link = [w[..., None, None] for w in weights.link]
         self.out = [w.t().contiguous() for w in weights.out]
         self.head1, self.head2 = weights.head1.t().contiguous(), weights.head2.t().contiguous()
@@ -74,7 +70,7 @@ class CachedEager:
             links = []
             for l in range(_LAYERS):
                 source = image[:, :, y : y + half] if l == 0 else rows[l - 1]
-                z = _gate(F.conv2d(source, self.vertical[l], w.bias_vertical[l, 0]), 1)
+                z = gate(F.conv2d(source, self.vertical[l], w.bias_vertical[l, 0]))
                 v = z if l == 0 else rows[l - 1][:, :, 1:, 1:-1] + z
                 rows[l][:, :, 1:, 1:-1] = v
                 links.append(F.conv2d(v, self.link[l], w.bias_horizontal[l, 0])[:, :, 0].permute(2, 0, 1).contiguous())
@@ -85,7 +81,7 @@ class CachedEager:
             for x in range(_SIDE):
                 for l in range(_LAYERS):
                     source = image[:, 0, half + y, x : x + half] if l == 0 else seen[l - 1]
-                    a = _gate(torch.addmm(links[l][x], source, self.horizontal[l]), 1)
+                    a = gate(torch.addmm(links[l][x], source, self.horizontal[l]))
                     h = torch.addmm(w.bias_out[l], a, self.out[l])
                     if l:
                         h += seen[l - 1][:, _C_:]
@@ -104,28 +100,17 @@ class FullForward:
     """The network on whole images, kernels cropped to the taps that count."""
 
     def __init__(self, weights):
-        self.w = weights
-        self.vertical = [w[:, :, : w.shape[-1] // 2 + (l > 0)].contiguous() for l, w in enumerate(weights.vertical)]
-        self.horizontal = [w[..., : w.shape[-1] // 2 + (l > 0)].contiguous() for l, w in enumerate(weights.horizontal)]
-        self.pointwise = [[w[..., None, None] for w in t] for t in (weights.link, weights.out)]
+        w = weights
+        vertical, horizontal = ([k.contiguous() for k in kernels]
+                                for kernels in pixelcnn_torch.cropped(w.vertical, w.horizontal))
+        link, out, (head1, head2) = ([t[..., None, None] for t in ts] for ts in (w.link, w.out, (w.head1, w.head2)))
+        self.layers = list(zip(vertical, w.bias_vertical[:, 0], horizontal, w.bias_horizontal[:, 0], link, out,
+                               w.bias_out, strict=True))
+        self.head = head1, w.bias_head1, head2, w.bias_head2
 
     @torch.no_grad()
     def __call__(self, x):
-        w, r = self.w, _K0 // 2
-        v = h = x
-        for l in range(_LAYERS):
-            if l == 0:
-                above, left = F.pad(x, (r, r, r, 0))[:, :, :_SIDE + r - 1], F.pad(x, (r, 0))[..., :_SIDE + r - 1]
-            else:
-                above, left = F.pad(v, (1, 1, 1, 0)), F.pad(h, (1, 0))
-            z = _gate(F.conv2d(above, self.vertical[l], w.bias_vertical[l, 0]), 1)
-            v = z if l == 0 else v + z
-            link = F.conv2d(v, self.pointwise[0][l], w.bias_horizontal[l, 0])
-            a = _gate(F.conv2d(left, self.horizontal[l]).add_(link), 1)
-            z = F.conv2d(a, self.pointwise[1][l], w.bias_out[l])
-            h = z if l == 0 else h + z
-        hidden = F.conv2d(h.relu_(), w.head1[..., None, None], w.bias_head1).relu_()
-        return F.conv2d(hidden, w.head2[..., None, None], w.bias_head2)
+        return pixelcnn_torch.forward(self.layers, self.head, x)
 
 
 def _safe(outputs, drawn):

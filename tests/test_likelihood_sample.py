@@ -153,6 +153,7 @@ def test_no_gradient_half_and_empty(device):
     ({"temperature": math.inf}, ValueError, "temperature must be in [0, inf), got inf"),
     ({"temperature": math.nan}, ValueError, "temperature must be in [0, inf), got nan"),
     ({"temperature": "hot"}, TypeError, "temperature must be a float, got str"),
+    ({"temperature": True}, TypeError, "temperature must be a float, got bool"),
     ({"parametrization": "classic"}, ValueError, "parametrization must be"),
     ({"seed": torch.arange(3)}, ValueError, "seed must have shape [] or [2], got (3,)"),
     ({"levels": 0}, ValueError, "levels must be in [2, 8388608), got 0"),

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 import cases
-from gmkernels import _C, ops, reference
+from gmkernels import _C, _call, ops, reference
 from pixelcnn_cases import margin, network, on, oracle, uniforms
 
 SAMPLE = ops.pixelcnn_sample
@@ -352,6 +352,7 @@ ZEROS = torch.zeros
     ({"temperature": -0.1}, ValueError, "temperature must be in [0, inf), got -0.1"),
     ({"temperature": math.nan}, ValueError, "temperature must be in [0, inf), got nan"),
     ({"temperature": "hot"}, TypeError, "temperature must be a float, got str"),
+    ({"temperature": True}, TypeError, "temperature must be a float, got bool"),
     ({"seed": torch.arange(3)}, ValueError, "seed must have shape [] or [2], got (3,)"),
     ({"seed": 1, "uniforms": ZEROS(2, 1, 2, 2)}, ValueError, "uniforms are for the categorical head, in place of"),
     ({"uniforms": ZEROS(2, 1, 2)}, ValueError, "uniforms must be [n, c, h, w] = [2, 1, 2, 2], got (2, 1, 2)"),
@@ -402,9 +403,14 @@ def test_under_torch_compile_it_is_a_call_like_any_other():
 
 
 def test_reference_where_there_is_no_kernel(monkeypatch):
-    from gmkernels.ops import pixelcnn
-
     weights, u = network(**TINY, outputs=3), uniforms(2, 1, 2, 2)
     want = SAMPLE(weights, 2, (1, 2, 2), levels=3, uniforms=u)
-    monkeypatch.setattr(pixelcnn, "_has_kernel", lambda device: False)
-    assert torch.equal(SAMPLE(weights, 2, (1, 2, 2), levels=3, uniforms=u), want)
+    monkeypatch.setitem(SAMPLE.__globals__, "has_kernel", lambda kernel, kind: False)
+    monkeypatch.setattr(_call, "_warned", set())
+    with pytest.warns(UserWarning, match="pixelcnn_sample: no kernel for cpu in this build; running the") as caught:
+        for _ in range(2):
+            assert torch.equal(SAMPLE(weights, 2, (1, 2, 2), levels=3, uniforms=u), want)
+    assert len(caught) == 1
+    monkeypatch.setenv("GMKERNELS_STRICT", "1")
+    with pytest.raises(NotImplementedError, match="pixelcnn_sample: no kernel for cpu"):
+        SAMPLE(weights, 2, (1, 2, 2), levels=3, uniforms=u)

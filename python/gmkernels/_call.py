@@ -122,6 +122,23 @@ class Kernel:
             self.cpu(*addresses, *scalars, 1 if _forked else torch.get_num_threads())
 
 
+def has_kernel(kernel, kind):
+    """Is it in this build for devices of this type?"""
+    return kind == "cpu" or (kind == "cuda" and kernel.cuda is not None)
+
+
+_warned = set()  # names of ops
+
+
+def warn_of_fallback(name, why):
+    """No kernel takes a call: one warning for each op that the reference runs, or with GMKERNELS_STRICT=1 an error."""
+    if os.environ.get("GMKERNELS_STRICT", "0") not in ("", "0"):
+        raise NotImplementedError(f"{name}: {why} (GMKERNELS_STRICT is set)")
+    if name not in _warned:
+        _warned.add(name)
+        warnings.warn(f"gmkernels.{name}: {why}; running the reference in plain torch", stacklevel=5)
+
+
 # ops -----------------------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +151,6 @@ class Op:
     launch            (output, *args) -> None: plain strided tensors of one device, no gradient. Calls a Kernel.
     reference         the same function in plain torch: the oracle of the tests, forward-mode AD, vmap, and the fallback
     dtypes            those of the first tensor that `launch` takes; other floating dtypes run the reference
-    cuda_dtypes       those that it takes on CUDA besides
     setup, backward   as in torch.library.register_autograd; a backward made of ops can be differentiated again
     autocast          dtype to compute in under torch.autocast, for a kernel that has no half precision
     kernel            the Kernel that `launch` calls: a CUDA tensor without a CUDA half runs the reference
@@ -142,12 +158,10 @@ class Op:
     """
 
     def __init__(self, schema, *, outputs, launch, reference, kernel, dtypes=(torch.float32, torch.float64),
-                 cuda_dtypes=(), setup=None, backward=None, autocast=None, device_arg=None):
+                 setup=None, backward=None, autocast=None, device_arg=None):
         self.name = name = schema.partition("(")[0]
         self.outputs, self.launch, self.reference, self.kernel = outputs, launch, reference, kernel
         self.dtypes, self.autocast, self.device_arg = frozenset(dtypes), autocast, device_arg
-        self.cuda_dtypes = self.dtypes.union(cuda_dtypes)
-        self._warned = False
         _library.define(schema)
         for backend in _BACKENDS:
             _library.impl(name, self._run, backend)
@@ -223,10 +237,9 @@ class Op:
             kind = args[self.device_arg].type
         else:
             kind = "cpu" if first.is_cpu else first.device.type
-            dtypes = self.cuda_dtypes if kind == "cuda" or Kernel.backend is not None else self.dtypes
-            if first.dtype not in dtypes and first.dtype.is_floating_point:
+            if first.dtype not in self.dtypes and first.dtype.is_floating_point:
                 return self._fall_back(args, out, f"no {first.dtype} kernel")
-        if kind != "cpu" and (kind != "cuda" or self.kernel.cuda is None):
+        if kind != "cpu" and not has_kernel(self.kernel, kind):
             if kind == "meta":
                 return self.outputs(*args, out=out)
             return self._fall_back(args, out, f"no kernel for {kind} in this build")
@@ -235,11 +248,7 @@ class Op:
         return result
 
     def _fall_back(self, args, out, why):
-        if os.environ.get("GMKERNELS_STRICT", "0") not in ("", "0"):
-            raise NotImplementedError(f"{self.name}: {why} (GMKERNELS_STRICT is set)")
-        if not self._warned:
-            self._warned = True
-            warnings.warn(f"gmkernels.{self.name}: {why}; running the reference in plain torch", stacklevel=4)
+        warn_of_fallback(self.name, why)
         result = self.reference(*args)
         return result if out is None else _copy_into(out, result)
 

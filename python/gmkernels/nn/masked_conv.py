@@ -43,9 +43,10 @@ class MaskedConv2d(nn.Module):
         if not all(k % 2 for k in self.kernel_size):
             raise ValueError(f"kernel_size must be odd (an even kernel has no centre), got {self.kernel_size}")
         self.mask_type, self.mask_order, self.data_channels = check_mask(mask_type, mask_order, data_channels)
-        taps = len(live_taps(*self.kernel_size, self.mask_type, self.mask_order, self.data_channels))
-        if taps > MAX_TAPS:
-            raise ValueError(f"kernel_size must leave at most {MAX_TAPS} live taps, got {taps} of {self.kernel_size}")
+        self._taps = live_taps(*self.kernel_size, self.mask_type, self.mask_order, self.data_channels)
+        if len(self._taps) > MAX_TAPS:
+            raise ValueError(f"kernel_size must leave at most {MAX_TAPS} live taps, got {len(self._taps)} of "
+                             f"{self.kernel_size}")
         self.dilation = dilation
         rows = self.out_channels * (1 if self.gate is None else 2)
         self.weight = nn.Parameter(torch.empty(rows, self.in_channels, *self.kernel_size, device=device, dtype=dtype))
@@ -54,11 +55,10 @@ class MaskedConv2d(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        taps = live_taps(*self.kernel_size, self.mask_type, self.mask_order, self.data_channels)
-        bound = 1 / math.sqrt(max(1, self.in_channels * len(taps)))
+        bound = 1 / math.sqrt(max(1, self.in_channels * len(self._taps)))
         self.weight.uniform_(-bound, bound)
         live = torch.zeros(self.kernel_size[0] * self.kernel_size[1], dtype=torch.bool)
-        live[taps] = True
+        live[self._taps] = True
         self.weight[..., ~live.view(self.kernel_size)] = 0
         if self.bias is not None:
             self.bias.uniform_(-bound, bound)

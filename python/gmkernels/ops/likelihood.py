@@ -106,11 +106,24 @@ def _range(low, high, levels):
     return float(low), float(high), levels
 
 
+def check_parametrization(parametrization):
+    if parametrization not in ("openai", "tfp"):
+        raise ValueError(f'parametrization must be "openai" or "tfp", got {parametrization!r}')
+
+
+def check_temperature(temperature):
+    """As a float; bool is refused."""
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a float, got {type(temperature).__name__}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be in [0, inf), got {temperature}")
+    return float(temperature)
+
+
 def _kind(mode, parametrization):
     if mode not in ("exact", "openai"):
         raise ValueError(f'mode must be "exact" or "openai", got {mode!r}')
-    if parametrization not in ("openai", "tfp"):
-        raise ValueError(f'parametrization must be "openai" or "tfp", got {parametrization!r}')
+    check_parametrization(parametrization)
     if mode == "openai" and parametrization == "tfp":
         raise ValueError('mode="openai" is the loss of parametrization="openai", got "tfp"')
     return "classic" if mode == "openai" else parametrization
@@ -239,10 +252,7 @@ def discretized_logistic_mixture_sample(params, num_mixtures=10, *, seed=None, t
     kind = _kind("exact", parametrization)
     num_mixtures = check_int("num_mixtures", num_mixtures, 1, _MOST + 1)
     low, high, levels = _range(low, high, levels)
-    if not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a float, got {type(temperature).__name__}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be in [0, inf), got {temperature}")
+    temperature = check_temperature(temperature)
     channels = 1 if params.dim() > 1 and params.shape[1] == 3 * num_mixtures else 3
     _check_params(params, num_mixtures, channels)
     seeds, seed = split_seed(seed, params.device, params.shape[0])
@@ -250,5 +260,5 @@ def discretized_logistic_mixture_sample(params, num_mixtures=10, *, seed=None, t
     with torch.no_grad():
         params = params.detach()
         x = _sample_op(params.float() if dtype in HALVES else params, seeds, num_mixtures, kind, low, high, levels,
-                       channels, seed, float(temperature))
+                       channels, seed, temperature)
         return x.to(dtype)

@@ -1,18 +1,16 @@
 """Images drawn from a gated PixelCNN, pixel by pixel, each feature computed once."""
 
 import functools
-import math
-import os
 import sys
-import warnings
 from dataclasses import dataclass, fields
 
 import torch
 
 from .. import _C
-from .._call import Kernel, check_int, split_seed
+from .._call import Kernel, check_int, has_kernel, split_seed, warn_of_fallback
 from ..reference import pixelcnn as _ref
 from ..reference.likelihood import KINDS
+from .likelihood import check_parametrization, check_temperature
 from .random import STREAM_PIXELCNN, philox_uniform
 
 HEADS = ("categorical", "logistic_mixture")  # csrc/pixelcnn/pixelcnn.h: PixelCnnHead
@@ -228,16 +226,6 @@ def _biases(weights):
 # the call ------------------------------------------------------------------------------------------------------------
 
 
-def _has_kernel(device):
-    if device.type == "cpu" or (device.type == "cuda" and _sample.cuda is not None):
-        return True
-    why = f"no kernel for {device.type} in this build"
-    if os.environ.get("GMKERNELS_STRICT", "0") not in ("", "0"):
-        raise NotImplementedError(f"pixelcnn_sample: {why} (GMKERNELS_STRICT is set)")
-    warnings.warn(f"gmkernels.pixelcnn_sample: {why}; running the reference in plain torch", stacklevel=4)
-    return False
-
-
 def _run(weights, sizes, outputs_wanted, random, given, head, callback):
     """The kernel, in calls of some rows."""
     n, c, h, w, levels, features, layers, hidden, outputs, groups, *_ = sizes
@@ -347,8 +335,7 @@ def pixelcnn_sample(weights, n, shape, *, levels=256, head="categorical", num_mi
     if head not in HEADS:
         raise ValueError(f'head must be "categorical" or "logistic_mixture", got {head!r}')
     categorical = head == "categorical"
-    if parametrization not in ("openai", "tfp"):
-        raise ValueError(f'parametrization must be "openai" or "tfp", got {parametrization!r}')
+    check_parametrization(parametrization)
     num_mixtures = check_int("num_mixtures", num_mixtures, 1, 513)
     if not categorical and c not in (1, 3):
         raise ValueError(f"shape must have 1 or 3 data channels for the logistic mixture, got {c}")
@@ -356,10 +343,7 @@ def pixelcnn_sample(weights, n, shape, *, levels=256, head="categorical", num_mi
     if groups not in ((1, c) if categorical else (1,)):
         raise ValueError(f"groups must be {f'1 or {c}' if categorical and c > 1 else 1} for {c} data channels and the "
                          f"{head} head, got {groups}")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a float, got {type(temperature).__name__}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be in [0, inf), got {temperature}")
+    temperature = check_temperature(temperature)
     outputs = c * levels if categorical else num_mixtures * (10 if c == 3 else 3)
     features, layers, hidden, k0, k = _check_weights(weights, n, c, outputs)
     device, images = weights.out[0].device, (n, c, h, w)
@@ -380,11 +364,12 @@ def pixelcnn_sample(weights, n, shape, *, levels=256, head="categorical", num_mi
         drawn = torch.empty(images, dtype=torch.int64, device=device)
         logits = torch.empty((0, outputs, h, w), device=device)
         return (drawn, logits) if return_logits else drawn
-    if _has_kernel(device):
+    if has_kernel(_sample, device.type):
         sizes = (*images, levels, features, layers, hidden, outputs, groups, k0, k)
-        drawn, logits, bad = _run(weights, sizes, return_logits, (uniforms, seeds, number, float(temperature)),
+        drawn, logits, bad = _run(weights, sizes, return_logits, (uniforms, seeds, number, temperature),
                                   (given, given_mask), (head, KINDS.index(parametrization), num_mixtures), callback)
     else:
+        warn_of_fallback("pixelcnn_sample", f"no kernel for {device.type} in this build")
         drawn, logits, bad = _ref.pixelcnn_sample(
             weights, n, (c, h, w), levels, head, num_mixtures, parametrization, groups, temperature, seeds, number,
             uniforms, given, given_mask, torch.float32)

@@ -6,7 +6,7 @@
 import torch
 import torch.nn.functional as F
 
-from . import likelihood
+from . import likelihood, masked_conv
 
 
 def image_values(levels, dtype=torch.float64, device=None):
@@ -15,44 +15,22 @@ def image_values(levels, dtype=torch.float64, device=None):
     return (2 * steps / (levels - 1) - 1).float().to(dtype)
 
 
-def group_of(channels, groups, device=None):
-    """The group (0 .. groups - 1) of each channel."""
-    return torch.arange(channels, device=device) * groups // channels
-
-
-def _seen(outputs, inputs, groups, halves=1, strictly=False, device=None):
-    """[halves * outputs, inputs]: may group g of the outputs see an input? Those of groups up to g, or before g."""
-    of_output = group_of(outputs, groups, device).repeat(halves)[:, None]
-    of_input = group_of(inputs, groups, device)[None]
-    return of_output > of_input if strictly else of_output >= of_input
-
-
-def gate(z):
-    a, b = z.chunk(2, 1)
-    return torch.tanh(a) * torch.sigmoid(b)
-
-
-def _vertical(x, weight, first):
-    """Rows above; in the layers after the first, the own row too."""
-    k = weight.shape[-1]
-    mask = torch.zeros_like(weight)
-    mask[:, :, : k // 2 + (not first)] = 1
-    return F.conv2d(x, torch.where(mask > 0, weight, 0), padding=k // 2)
-
-
-def _horizontal(x, weight, groups, first):
-    """Pixels to the left, and what a group may see of the own one."""
-    k, features = weight.shape[-1], weight.shape[0] // 2
-    mask = torch.zeros_like(weight)
-    mask[..., : k // 2] = 1
-    if groups > 1 or not first:
-        mask[..., 0, k // 2] = _seen(features, x.shape[1], groups, 2, first, x.device).to(mask)
-    return F.conv2d(x, torch.where(mask > 0, weight, 0), padding=(0, k // 2))
+def _conv(x, weight, kind, order, groups=1):
+    """The taps that masked_conv2d uses, and at the own pixel what a group of the outputs may see."""
+    kh, kw = weight.shape[2:]
+    used = masked_conv.mask(kh, kw, kind, order, groups, x.device).repeat(*weight.shape[:2], 1, 1)
+    if order == "horizontal":
+        used[..., kh // 2, kw // 2] &= masked_conv.centre_mask(*weight.shape[:2], kind, groups, True).to(x.device)
+    return F.conv2d(x, torch.where(used, weight, 0), padding=(kh // 2, kw // 2))
 
 
 def _pointwise(x, weight, bias, groups=1):
-    weight = torch.where(_seen(*weight.shape, groups, device=x.device), weight, 0)
-    return torch.einsum("oi,bihw->bohw", weight, x) + bias[:, None, None]
+    used = masked_conv.centre_mask(*weight.shape, "B", groups, False).to(x.device)
+    return torch.einsum("oi,bihw->bohw", torch.where(used, weight, 0), x) + bias[:, None, None]
+
+
+def _gate(z):
+    return masked_conv.gated(z, "tanh_sigmoid")
 
 
 def forward(weights, x, groups=1):
@@ -60,11 +38,11 @@ def forward(weights, x, groups=1):
     w = weights.to(x.device, x.dtype)
     v = h = None
     for l in range(len(w.out)):
-        first = l == 0
-        z = gate(_vertical(x if first else v, w.vertical[l], first) + w.bias_vertical[l][..., None, None])
+        first, kind = l == 0, "B" if l else "A"
+        z = _gate(_conv(x if first else v, w.vertical[l], kind, "vertical") + w.bias_vertical[l][..., None, None])
         v = z if first else v + z
         link = torch.einsum("oi,bihw->bohw", w.link[l], v) + w.bias_horizontal[l][..., None, None]
-        a = gate(_horizontal(x if first else h, w.horizontal[l], groups, first) + link)
+        a = _gate(_conv(x if first else h, w.horizontal[l], kind, "horizontal", groups) + link)
         z = _pointwise(a, w.out[l], w.bias_out[l], groups)
         h = z if first else h + z
     hidden = torch.relu(_pointwise(torch.relu(h), w.head1, w.bias_head1, groups))
