@@ -111,7 +111,7 @@ test-deep: $(WHEEL_STAMP)
 	[ $${#failed[@]} = 0 ]
 
 test-slow: $(WHEEL_STAMP)
-	@$(PY) -m pytest tests -m slow
+	@OMP_WAIT_POLICY=passive $(PY) -m pytest tests -m slow -n 2 --dist worksteal
 
 # Ascending is the one that `make test` takes; two processes, because the emulator is one thread.
 test-schedules: $(WHEEL_STAMP)
