@@ -15,9 +15,10 @@ namespace gmk {
 namespace GMK_ISA_NS {
 namespace {
 
-constexpr int kPoints = 4;         // m0 to m3
-constexpr int kMaxSegments = 64;   // more: the direct sum
-constexpr int kMostProducts = 13;  // in 16 of the direct sum's: with more there is nothing to gain
+constexpr int kPoints = 4;                // m0 to m3
+constexpr int kMaxSegments = 64;          // more: the direct sum
+constexpr int kMostProducts = 13;         // in 16 of the direct sum's: with more there is nothing to gain
+constexpr int64_t kMostValues = 1 << 22;  // planes for one row of pixels, of a thread: 16 MB
 
 struct Winograd {
   int64_t channels, pitch;  // of x; from a row of planes to the next
@@ -76,6 +77,7 @@ GMK_INLINE bool plan(Winograd& f, const Bands& s, const Taps& taps) {
                               : plane_of(f, d + count, count > 1 ? d + 1 : 0, count > 1 ? -1 : 0);
   });
   f.pitch = (s.cols + 1) / 2 * f.planes * s.channels;
+  if ((s.halo_y + 1) * f.pitch > kMostValues) return false;
   k = 0;
   for (int point = 0; point < kPoints; ++point) f.runs[point] = 0;
   each_product(f, [&](int point, int) {
