@@ -3,7 +3,7 @@
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from . import _dpm
-from ._base import alike, check, output, x0_step
+from ._base import alike, matched, output, x0_step
 from ._sigmas import Noised
 from ._table import Table
 
@@ -16,8 +16,9 @@ class Multistep(Noised):
     def _signal_and_noise(self, sigma):
         return _dpm.signal_and_noise(sigma, self._kind())
 
-    def _fused_step(self, parent_step, model_output, timestep, sample, generator, noise, noise_dtype, return_dict):
-        """`noise`: a tensor that was given, or None; `noise_dtype`: in which diffusers draws it."""
+    def _fused_step(self, model_output, timestep, sample, generator, noise, noise_dtype, return_dict):
+        """None: diffusers' own step has to do it. `noise`: a tensor that was given, or None; `noise_dtype`: in which
+        diffusers draws it."""
         plan = self._ready()
         i = self._begin(plan, timestep)
         outputs = self.model_outputs
@@ -25,10 +26,8 @@ class Multistep(Noised):
         order = min(highest[i], self.lower_order_nums + 1)
         table = plan.tables.get(order) or self._table(plan, order)
         if not table.finite[i] or (plan.threshold and self._to_noise()):
-            return parent_step()
-        check(model_output, sample)
-        history = outputs[-1 : -order : -1]  # m1, m2
-        x, m, *history = alike(sample, model_output, *history)
+            return None
+        x, m, *history = matched(sample, model_output, *outputs[-1 : -order : -1])  # m1, m2
         dtype, seed = x.dtype, None
         if not stochastic:
             noise = False
