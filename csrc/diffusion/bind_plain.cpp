@@ -34,28 +34,28 @@ class PlainStep {
   // diffusion_step_plain(x, model_output, coefficients, uncond, guidance_scale, history, variance, clip, noise, seed,
   //                      step, return_x0, out, x0_out, grad)
   explicit PlainStep(PyObject* const* args) : args_(args), grad_(args[14] == Py_True) {}
+  PlainStep(PyObject* const* args, const PlainStep& before) : PlainStep(args) {  // its out and x0 are x and model_output
+    x_ = before.made_[0];
+    m_ = before.made_[1];
+  }
 
   bool known() { return inputs() && outputs(); }
   const DiffusionStep& step() const { return a_; }
   PyObject* out() const { return out_; }
   PyObject* x0() const { return x0_; }
-  bool reads_part_of(const PlainStep& o) {
-    PlainTensor t;
-    return !given(o.out_, &t) || !given(o.x0_, &t);
-  }
+  bool reads_part_of(const PlainStep& o) const { return !apart(o.made_[0]) || !apart(o.made_[1]); }
 
  private:
-  bool like_x(PyObject* o, const void** p) {  // None: absent
+  bool like_x(PyObject* o, const void** p, PlainTensor t = {}) {  // None: absent
     if (o == Py_None) return true;
-    PlainTensor t;
-    if (!plain(o, grad_, &t) || !(t == x_)) return false;
+    if (!t.data && (!plain(o, grad_, &t) || !(t == x_))) return false;
     inputs_[count_++] = t;
     *p = t.data;
     return true;
   }
 
   bool inputs() {
-    if (!plain(args_[0], grad_, &x_) || x_.dtype < 0) return false;
+    if (!x_.data && (!plain(args_[0], grad_, &x_) || x_.dtype < 0)) return false;
     a_.dtype = x_.dtype;
     a_.numel = x_.numel;
     a_.x = x_.data;
@@ -75,7 +75,7 @@ class PlainStep {
     if (!PyTuple_CheckExact(history) || PyTuple_GET_SIZE(history) > 3) return false;
     for (Py_ssize_t h = 0; h < PyTuple_GET_SIZE(history); ++h)
       if (!like_x(PyTuple_GET_ITEM(history, h), &a_.history[h])) return false;
-    if (args_[1] == Py_None || !like_x(args_[1], &a_.model_output) || !like_x(args_[3], &a_.uncond) ||
+    if (args_[1] == Py_None || !like_x(args_[1], &a_.model_output, m_) || !like_x(args_[3], &a_.uncond) ||
         !like_x(args_[6], &a_.variance) || !number(args_[4], &a_.guidance))
       return false;
 
@@ -123,20 +123,22 @@ class PlainStep {
 
   // Given outputs may be an input, element by element; every other overlap is refused by the general route.
   bool given(PyObject* o, PlainTensor* t) {
-    if (!plain(o, grad_, t) || !(*t == x_)) return false;
+    return plain(o, grad_, t) && *t == x_ && apart(*t);
+  }
+  bool apart(const PlainTensor& t) const {
     for (int i = 0; i < count_; ++i)
-      if (t->overlaps(inputs_[i]) && t->data != inputs_[i].data) return false;
+      if (t.overlaps(inputs_[i]) && t.data != inputs_[i].data) return false;
     for (int i = 0; i < small_count_; ++i)
-      if (t->overlaps(small_[i])) return false;
+      if (t.overlaps(small_[i])) return false;
     return true;
   }
   bool fresh(Owned* owner, PyObject** o, PlainTensor* t) {
     owner->p = PyObject_CallOneArg(torch_pieces().empty_like, args_[0]);
     *o = owner->p;
-    return owner->p && plain(owner->p, false, t) && *t == x_;
+    return owner->p && contiguous(owner->p, t) && *t == x_;
   }
   bool outputs() {
-    PlainTensor out, x0;
+    PlainTensor &out = made_[0], &x0 = made_[1];
     out_ = args_[12];
     x0_ = args_[13];
     const bool want_x0 = x0_ != Py_None || args_[11] == Py_True;
@@ -154,7 +156,7 @@ class PlainStep {
   PyObject* const* args_;
   const bool grad_;
   DiffusionStep a_{};
-  PlainTensor x_{};
+  PlainTensor x_{}, m_{}, made_[2]{};
   PlainTensor inputs_[8], small_[2];
   int count_ = 0, small_count_ = 0;
   PyObject *out_ = nullptr, *x0_ = nullptr;
@@ -210,7 +212,7 @@ PyObject* diffusion_two_steps_plain(PyObject*, PyObject* const* args, Py_ssize_t
   if (!a.known()) return stand_aside();
   PyObject* const second[] = {a.out(),  a.x0(), args[4], none,     one,  args[5], none,   none,
                               Py_False, none,   zero,    Py_False, none, none,    args[8]};
-  PlainStep b(second);
+  PlainStep b(second, a);
   if (!b.known() || b.reads_part_of(a)) return stand_aside();
   const DiffusionStep steps[] = {a.step(), b.step()};
   return run(steps, 2) ? PyTuple_Pack(3, b.out(), a.out(), a.x0()) : nullptr;

@@ -9,6 +9,7 @@ import inspect
 from collections import OrderedDict
 
 import torch
+from torch import is_grad_enabled
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from .. import _C, ops
@@ -42,6 +43,7 @@ class Plan:
         self.clip = float(config["clip_sample_range"]) if config.get("clip_sample") and not self.threshold else None
         self.noise = Noise()
         self.tables = {}
+        self.plainly = False  # was the last step one for `attempt`?
         self._indices = None
 
     def fits(self, scheduler):
@@ -217,26 +219,36 @@ def matched(sample, model_output, *others):
     return alike(sample, model_output, *others)
 
 
+def attempt(table, i, x, m, history=(), variance=None, clip=None, noise=False, seed=None, x0=True):
+    """(next sample, x0) of row i, or the next sample alone, where all are plain tensors of one kind on the CPU; else
+    None, with nothing done: whatever it is, also an error, `matched` and `fused` find out."""
+    if not plain_eager():
+        return None
+    rows = table.wide if getattr(x, "dtype", None) is torch.float64 else table.narrow
+    return _plain(x, m, rows[i], None, 1.0, history, variance, clip, noise, seed, i, x0, None, None, is_grad_enabled())
+
+
+def attempt_twice(first, second, i, x, m, history, then):
+    """The step of `first`, and from its sample and x0 that of `second` with history `then`: (next sample, sample, x0)."""
+    if not plain_eager():
+        return None
+    if getattr(x, "dtype", None) is torch.float64:
+        return _two_plain(x, m, first.wide[i], history, second.wide[i], then, None, None, is_grad_enabled())
+    return _two_plain(x, m, first.narrow[i], history, second.narrow[i], then, None, None, is_grad_enabled())
+
+
 def fused(table, i, x, m, history=(), variance=None, clip=None, noise=False, seed=None, x0=True):
-    """(next sample, x0) of row i, or the next sample alone: `ops.diffusion_step` without its checks where it can be."""
-    if plain_eager():
-        rows = table.wide if x.dtype is torch.float64 else table.narrow
-        result = _plain(x, m, rows[i], None, 1.0, history, variance, clip, noise, seed, i, x0, None, None,
-                        torch.is_grad_enabled())
-        if result is not None:
-            return result
+    result = attempt(table, i, x, m, history, variance, clip, noise, seed, x0)
+    if result is not None:
+        return result
     return ops.diffusion_step(x, m, table.row(i, x), history=history, variance=variance, clip=clip, noise=noise,
                               seed=seed, step=i, return_x0=x0)
 
 
 def fused_twice(first, second, i, x, m, history, then):
-    """The step of `first`, and from its sample and x0 that of `second` with history `then`: (next sample, sample, x0)."""
-    if plain_eager():
-        wide = x.dtype is torch.float64
-        rows, after = (first.wide, second.wide) if wide else (first.narrow, second.narrow)
-        result = _two_plain(x, m, rows[i], history, after[i], then, None, None, torch.is_grad_enabled())
-        if result is not None:
-            return result
+    result = attempt_twice(first, second, i, x, m, history, then)
+    if result is not None:
+        return result
     x, x0 = ops.diffusion_step(x, m, first.row(i, x), history=history, return_x0=True)
     return ops.diffusion_step(x, x0, second.row(i, x), history=then), x, x0
 

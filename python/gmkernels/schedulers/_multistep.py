@@ -3,9 +3,11 @@
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from . import _dpm
-from ._base import alike, matched, output, x0_step
+from ._base import alike, attempt, matched, output, x0_step
 from ._sigmas import Noised
 from ._table import Table
+
+_LARGE = 1 << 18  # elements
 
 
 class Multistep(Noised):
@@ -22,11 +24,26 @@ class Multistep(Noised):
         plan = self._ready()
         i = self._begin(plan, timestep)
         outputs = self.model_outputs
-        highest, stochastic, solver_order = plan.tables.get("facts") or self._facts(plan)
+        highest, _, solver_order = plan.tables.get("facts") or self._facts(plan)
         order = min(highest[i], self.lower_order_nums + 1)
         table = plan.tables.get(order) or self._table(plan, order)
         if not table.finite[i] or (plan.threshold and self._to_noise()):
             return None
+        result = None
+        if plan.plainly:
+            result = attempt(table, i, sample, model_output, tuple(outputs[-1 : -order : -1]), None, plan.clip)
+        if result is None:
+            result = self._any_step(plan, table, i, order, model_output, sample, generator, noise, noise_dtype)
+        prev, x0 = result
+        outputs.append(x0)
+        del outputs[0]
+        if self.lower_order_nums < solver_order:
+            self.lower_order_nums += 1
+        self._step_index = i + 1
+        return output(SchedulerOutput, prev_sample=prev) if return_dict else (prev,)
+
+    def _any_step(self, plan, table, i, order, model_output, sample, generator, noise, noise_dtype):
+        outputs, stochastic = self.model_outputs, plan.tables["facts"][1]
         x, m, *history = matched(sample, model_output, *outputs[-1 : -order : -1])  # m1, m2
         dtype, seed = x.dtype, None
         if not stochastic:
@@ -37,15 +54,10 @@ class Multistep(Noised):
             noise = noise.to(m.device, noise_dtype or noise.dtype)
         if noise is not False and noise is not True and noise.dtype is not dtype:
             x, m, noise, *history = alike(x, m, noise, *history)
+        outputs[0] = None  # nobody reads it any more, and this step may have its memory, where new pages would cost more
         prev, x0 = x0_step(plan, table, i, x, m, tuple(history), None, noise, seed)
-        if prev.dtype is not dtype:
-            prev, x0 = prev.to(dtype), x0.to(dtype)
-        outputs.append(x0)
-        del outputs[0]
-        if self.lower_order_nums < solver_order:
-            self.lower_order_nums += 1
-        self._step_index = i + 1
-        return output(SchedulerOutput, prev_sample=prev) if return_dict else (prev,)
+        plan.plainly = not stochastic and plan.threshold is None and x.numel() < _LARGE
+        return (prev, x0) if prev.dtype is dtype else (prev.to(dtype), x0.to(dtype))
 
     def _to_noise(self):
         """Is the converted output the noise? Then a threshold, which is for x0, needs more than the table holds."""
