@@ -34,7 +34,8 @@ class PlainStep {
   // diffusion_step_plain(x, model_output, coefficients, uncond, guidance_scale, history, variance, clip, noise, seed,
   //                      step, return_x0, out, x0_out, grad)
   explicit PlainStep(PyObject* const* args) : args_(args), grad_(args[14] == Py_True) {}
-  PlainStep(PyObject* const* args, const PlainStep& before) : PlainStep(args) {  // its out and x0 are x and model_output
+  PlainStep(PyObject* const* args, const PlainStep& before)
+      : PlainStep(args) {  // its out and x0 are x and model_output
     x_ = before.made_[0];
     m_ = before.made_[1];
   }
@@ -122,9 +123,7 @@ class PlainStep {
   }
 
   // Given outputs may be an input, element by element; every other overlap is refused by the general route.
-  bool given(PyObject* o, PlainTensor* t) {
-    return plain(o, grad_, t) && *t == x_ && apart(*t);
-  }
+  bool given(PyObject* o, PlainTensor* t) { return plain(o, grad_, t) && *t == x_ && apart(*t); }
   bool apart(const PlainTensor& t) const {
     for (int i = 0; i < count_; ++i)
       if (t.overlaps(inputs_[i]) && t.data != inputs_[i].data) return false;
@@ -206,8 +205,8 @@ PyObject* diffusion_two_steps_plain(PyObject*, PyObject* const* args, Py_ssize_t
   static PyObject* const one = PyFloat_FromDouble(1.0);
   static PyObject* const zero = PyLong_FromLong(0);
   PyObject* const none = Py_None;
-  PyObject* const first[] = {args[0], args[1], args[2], none,    one,     args[3], none,   none,
-                             Py_False, none,   zero,    Py_True, args[6], args[7], args[8]};
+  PyObject* const first[] = {args[0],  args[1], args[2], none,    one,     args[3], none,   none,
+                             Py_False, none,    zero,    Py_True, args[6], args[7], args[8]};
   PlainStep a(first);
   if (!a.known()) return stand_aside();
   PyObject* const second[] = {a.out(),  a.x0(), args[4], none,     one,  args[5], none,   none,

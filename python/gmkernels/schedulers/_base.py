@@ -9,8 +9,8 @@ import inspect
 from collections import OrderedDict
 
 import torch
-from torch import is_grad_enabled
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import is_grad_enabled
 
 from .. import _C, ops
 from .._call import plain_eager
@@ -154,8 +154,8 @@ _new, _put = OrderedDict.__new__, OrderedDict.__setitem__
 
 
 def output(cls, prev_sample, **others):
-    """``cls(prev_sample=prev_sample, **others)`` of a diffusers output, a dict whose items are attributes too, in a sixth of
-    its time."""
+    """``cls(prev_sample=prev_sample, **others)`` of a diffusers output, a dict whose items are attributes too, in a
+    sixth of its time."""
     result = _new(cls)
     attributes = result.__dict__
     _put(result, "prev_sample", prev_sample)
@@ -229,7 +229,8 @@ def attempt(table, i, x, m, history=(), variance=None, clip=None, noise=False, s
 
 
 def attempt_twice(first, second, i, x, m, history, then):
-    """The step of `first`, and from its sample and x0 that of `second` with history `then`: (next sample, sample, x0)."""
+    """The step of `first`, and from its sample and x0 that of `second` with history `then`:
+    (next sample, sample, x0) or None."""
     if not plain_eager():
         return None
     if getattr(x, "dtype", None) is torch.float64:

@@ -7,7 +7,7 @@ from ._base import alike, attempt, matched, output, x0_step
 from ._sigmas import Noised
 from ._table import Table
 
-_LARGE = 1 << 18  # elements
+_LARGE = 1 << 17  # elements
 
 
 class Multistep(Noised):
@@ -54,7 +54,7 @@ class Multistep(Noised):
             noise = noise.to(m.device, noise_dtype or noise.dtype)
         if noise is not False and noise is not True and noise.dtype is not dtype:
             x, m, noise, *history = alike(x, m, noise, *history)
-        outputs[0] = None  # nobody reads it any more, and this step may have its memory, where new pages would cost more
+        outputs[0] = None  # nobody reads it any more; where it was is room for this step, and new pages would cost more
         prev, x0 = x0_step(plan, table, i, x, m, tuple(history), None, noise, seed)
         plan.plainly = not stochastic and plan.threshold is None and x.numel() < _LARGE
         return (prev, x0) if prev.dtype is dtype else (prev.to(dtype), x0.to(dtype))
