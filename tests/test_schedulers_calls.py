@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import weakref
 
 import pytest
 import torch
@@ -10,9 +9,9 @@ import torch
 pytest.importorskip("diffusers")
 
 from gmkernels import _C, _call, ops  # noqa: E402
-from gmkernels.schedulers import _base, _multistep  # noqa: E402
+from gmkernels.schedulers import _base  # noqa: E402
 from scheduler_cases import model  # noqa: E402
-from test_schedulers import NAMES, NOISY, STEPS, make, pair  # noqa: E402
+from test_schedulers import NAMES, NOISY, STEPS, make  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of diffusers
 SHORT = pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="torch before 2.10")
@@ -141,10 +140,9 @@ def test_a_copy_made_in_the_middle_goes_on(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_error_in_the_middle_changes_nothing(name):
-    """Not even the history, which a large step gives up while it runs."""
     if name in NOISY and name != "DPMSolverMultistepScheduler":
         pytest.skip("noise: the seed is drawn once")
-    shape = (2, 4, 128, 136)
+    shape = (2, 4, 8, 8)
 
     def wrong(s, i):
         x, m = tensors(2, shape)
@@ -164,28 +162,3 @@ def test_an_error_in_the_middle_changes_nothing(name):
 
     steps = STEPS.get(name, 5)
     same(run(make(name, steps), shape), run(make(name, steps), shape, after=wrong))
-
-
-def test_a_large_step_has_given_up_the_oldest_output(monkeypatch):
-    s = make("DPMSolverMultistepScheduler", 6)
-    original, alive = _multistep.x0_step, []
-
-    def watched(*args):
-        alive.append(s.model_outputs[0])
-        return original(*args)
-
-    monkeypatch.setattr(_multistep, "x0_step", watched)
-    x, m = (t.repeat(4, 8, 4, 4) for t in pair())
-    assert x.numel() >= _multistep._LARGE
-    for t in s.timesteps:
-        held = None if s.model_outputs[0] is None else weakref.ref(s.model_outputs[0])
-        x = s.step(m, t, x).prev_sample
-        assert held is None or held() is None
-    assert alive == [None] * 6 and all(h is not None for h in s.model_outputs)
-    s.set_timesteps(6)
-    x, m = pair()
-    alive.clear()
-    for t in s.timesteps:
-        x = s.step(m, t, x).prev_sample
-    # Then it knows that they are small.
-    assert len(alive) == (1 if hasattr(torch.Tensor, "__dlpack_c_exchange_api__") else 6)

@@ -43,7 +43,6 @@ class Plan:
         self.clip = float(config["clip_sample_range"]) if config.get("clip_sample") and not self.threshold else None
         self.noise = Noise()
         self.tables = {}
-        self.plainly = False  # was the last step one for `attempt`?
         self._indices = None
 
     def fits(self, scheduler):

@@ -7,8 +7,6 @@ from ._base import alike, attempt, matched, output, x0_step
 from ._sigmas import Noised
 from ._table import Table
 
-_LARGE = 1 << 17  # elements
-
 
 class Multistep(Noised):
     """A subclass has `_kind()` of its levels and `_conversion(levels)`: (A, B) of the converted output."""
@@ -24,13 +22,13 @@ class Multistep(Noised):
         plan = self._ready()
         i = self._begin(plan, timestep)
         outputs = self.model_outputs
-        highest, _, solver_order = plan.tables.get("facts") or self._facts(plan)
+        highest, stochastic, solver_order = plan.tables.get("facts") or self._facts(plan)
         order = min(highest[i], self.lower_order_nums + 1)
         table = plan.tables.get(order) or self._table(plan, order)
         if not table.finite[i] or (plan.threshold and self._to_noise()):
             return None
         result = None
-        if plan.plainly:
+        if not stochastic and plan.threshold is None:
             result = attempt(table, i, sample, model_output, tuple(outputs[-1 : -order : -1]), None, plan.clip)
         if result is None:
             result = self._any_step(plan, table, i, order, model_output, sample, generator, noise, noise_dtype)
@@ -54,9 +52,7 @@ class Multistep(Noised):
             noise = noise.to(m.device, noise_dtype or noise.dtype)
         if noise is not False and noise is not True and noise.dtype is not dtype:
             x, m, noise, *history = alike(x, m, noise, *history)
-        outputs[0] = None  # nobody reads it any more; where it was is room for this step, and new pages would cost more
         prev, x0 = x0_step(plan, table, i, x, m, tuple(history), None, noise, seed)
-        plan.plainly = not stochastic and plan.threshold is None and x.numel() < _LARGE
         return (prev, x0) if prev.dtype is dtype else (prev.to(dtype), x0.to(dtype))
 
     def _to_noise(self):

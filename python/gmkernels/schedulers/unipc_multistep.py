@@ -12,8 +12,8 @@ from ._table import Table
 
 @drop_in
 class UniPCMultistepScheduler(Noised, diffusers.UniPCMultistepScheduler):
-    """diffusers' :class:`UniPCMultistepScheduler` with one kernel call per step, corrector and predictor in one
-    pass; three of order 3 (docs/schedulers.md)."""
+    """diffusers' :class:`UniPCMultistepScheduler` with one kernel call per step, corrector and
+    predictor in one; three of order 3 (docs/schedulers.md)."""
 
     _absent_is_last = True
 
