@@ -70,13 +70,10 @@ struct PlainTensor {
 constexpr int kInt64 = -1;
 constexpr int kCpuDevice = -1;
 
-// Is `t` a torch.Tensor or Parameter itself, on the CPU (or, where `cuda`, on a GPU), contiguous, with memory, without a lazy
-// negation and (where `grad` says that gradients are recorded) not part of a graph? Never raises.
-inline bool plain(PyObject* t, bool grad, PlainTensor* out, bool cuda = false) {
+// `plain` but for gradients and negation, which a tensor that was just made has not.
+inline bool contiguous(PyObject* t, PlainTensor* out, bool cuda = false) {
   const TorchPieces& torch = torch_pieces();
   if (!torch.describe || (Py_TYPE(t) != torch.tensor && Py_TYPE(t) != torch.parameter)) return false;
-  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
-  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
   DLTensor d;
   if (torch.describe(t, &d) != 0) {  // sparse, nested, meta and others have no such description
     PyErr_Clear();
@@ -110,6 +107,20 @@ inline bool plain(PyObject* t, bool grad, PlainTensor* out, bool cuda = false) {
     numel *= d.shape[i];
   }
   if (numel > 0 && !d.data) return false;
+  out->data = static_cast<char*>(d.data) + d.byte_offset;
+  out->numel = numel;
+  out->bytes = numel * (d.dtype.bits / 8);
+  out->ndim = d.ndim;
+  out->shape = d.shape;
+  return true;
+}
+
+// Is `t` a torch.Tensor or Parameter itself, on the CPU (or, where `cuda`, on a GPU), contiguous, with memory, without a lazy
+// negation and (where `grad` says that gradients are recorded) not part of a graph? Never raises.
+inline bool plain(PyObject* t, bool grad, PlainTensor* out, bool cuda = false) {
+  if (!contiguous(t, out, cuda)) return false;
+  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
   const auto is = [](PyObject* value) {  // steals the reference; an error counts as yes
     const bool yes = value != Py_False;
     if (!value) PyErr_Clear();
@@ -117,13 +128,7 @@ inline bool plain(PyObject* t, bool grad, PlainTensor* out, bool cuda = false) {
     return yes;
   };
   if (grad && is(PyObject_GetAttr(t, requires_grad))) return false;
-  if (is(PyObject_VectorcallMethod(is_neg, &t, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr))) return false;
-  out->data = static_cast<char*>(d.data) + d.byte_offset;
-  out->numel = numel;
-  out->bytes = numel * (d.dtype.bits / 8);
-  out->ndim = d.ndim;
-  out->shape = d.shape;
-  return true;
+  return !is(PyObject_VectorcallMethod(is_neg, &t, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
 }
 
 // _C.adopt_torch(torch.Tensor, torch.nn.Parameter, torch.empty_like, threads) -> are fast routes open?

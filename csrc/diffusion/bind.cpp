@@ -9,11 +9,12 @@ namespace gmk {
 GMK_ISA_TABLES(DiffusionKernels, diffusion_kernels)
 GMK_ISA_TABLES(StepStatisticsKernels, step_statistics_kernels)
 
-PyMethodDef* diffusion_step_plain_method();  // bind_plain.cpp
+PyMethodDef* diffusion_plain_methods();  // bind_plain.cpp
 
-Status diffusion_step_cpu(const DiffusionStep& a, int threads) {
-  return diffusion_kernels().diffusion_step(a, threads);
+Status diffusion_steps_cpu(const DiffusionStep* steps, int count, int threads) {
+  return diffusion_kernels().diffusion_steps(steps, count, threads);
 }
+static Status diffusion_step_cpu(const DiffusionStep& a, int threads) { return diffusion_steps_cpu(&a, 1, threads); }
 #endif
 
 static DiffusionStep diffusion_step(Address out, Address x0, Address x, Address model_output, Address coefficients,
@@ -82,8 +83,8 @@ void bind_diffusion(py::module_& m) {
   bind_op(m, "step_statistics", step_statistics, GMK_CPU(step_statistics_kernels().step_statistics),
           GMK_CUDA(step_statistics_cuda));
 #ifndef GMK_SIMT
-  PyMethodDef* const method = diffusion_step_plain_method();
-  m.attr(method->ml_name) = py::reinterpret_steal<py::object>(PyCFunction_New(method, nullptr));
+  for (PyMethodDef* method = diffusion_plain_methods(); method->ml_name; ++method)
+    m.attr(method->ml_name) = py::reinterpret_steal<py::object>(PyCFunction_New(method, nullptr));
 #endif
 }
 

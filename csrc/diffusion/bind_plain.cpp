@@ -9,7 +9,7 @@
 
 namespace gmk {
 
-Status diffusion_step_cpu(const DiffusionStep&, int threads);  // bind.cpp
+Status diffusion_steps_cpu(const DiffusionStep*, int count, int threads);  // bind.cpp
 
 namespace {
 
@@ -34,29 +34,29 @@ class PlainStep {
   // diffusion_step_plain(x, model_output, coefficients, uncond, guidance_scale, history, variance, clip, noise, seed,
   //                      step, return_x0, out, x0_out, grad)
   explicit PlainStep(PyObject* const* args) : args_(args), grad_(args[14] == Py_True) {}
-
-  PyObject* call() {
-    if (!inputs() || !outputs()) {
-      if (PyErr_Occurred()) return nullptr;
-      Py_RETURN_NONE;
-    }
-    if (!run()) return nullptr;
-    if (args_[11] != Py_True) return Py_NewRef(out_);
-    return PyTuple_Pack(2, out_, x0_);
+  PlainStep(PyObject* const* args, const PlainStep& before)
+      : PlainStep(args) {  // its out and x0 are x and model_output
+    x_ = before.made_[0];
+    m_ = before.made_[1];
   }
 
+  bool known() { return inputs() && outputs(); }
+  const DiffusionStep& step() const { return a_; }
+  PyObject* out() const { return out_; }
+  PyObject* x0() const { return x0_; }
+  bool reads_part_of(const PlainStep& o) const { return !apart(o.made_[0]) || !apart(o.made_[1]); }
+
  private:
-  bool like_x(PyObject* o, const void** p) {  // None: absent
+  bool like_x(PyObject* o, const void** p, PlainTensor t = {}) {  // None: absent
     if (o == Py_None) return true;
-    PlainTensor t;
-    if (!plain(o, grad_, &t) || !(t == x_)) return false;
+    if (!t.data && (!plain(o, grad_, &t) || !(t == x_))) return false;
     inputs_[count_++] = t;
     *p = t.data;
     return true;
   }
 
   bool inputs() {
-    if (!plain(args_[0], grad_, &x_) || x_.dtype < 0) return false;
+    if (!x_.data && (!plain(args_[0], grad_, &x_) || x_.dtype < 0)) return false;
     a_.dtype = x_.dtype;
     a_.numel = x_.numel;
     a_.x = x_.data;
@@ -76,7 +76,7 @@ class PlainStep {
     if (!PyTuple_CheckExact(history) || PyTuple_GET_SIZE(history) > 3) return false;
     for (Py_ssize_t h = 0; h < PyTuple_GET_SIZE(history); ++h)
       if (!like_x(PyTuple_GET_ITEM(history, h), &a_.history[h])) return false;
-    if (args_[1] == Py_None || !like_x(args_[1], &a_.model_output) || !like_x(args_[3], &a_.uncond) ||
+    if (args_[1] == Py_None || !like_x(args_[1], &a_.model_output, m_) || !like_x(args_[3], &a_.uncond) ||
         !like_x(args_[6], &a_.variance) || !number(args_[4], &a_.guidance))
       return false;
 
@@ -123,21 +123,21 @@ class PlainStep {
   }
 
   // Given outputs may be an input, element by element; every other overlap is refused by the general route.
-  bool given(PyObject* o, PlainTensor* t) {
-    if (!plain(o, grad_, t) || !(*t == x_)) return false;
+  bool given(PyObject* o, PlainTensor* t) { return plain(o, grad_, t) && *t == x_ && apart(*t); }
+  bool apart(const PlainTensor& t) const {
     for (int i = 0; i < count_; ++i)
-      if (t->overlaps(inputs_[i]) && t->data != inputs_[i].data) return false;
+      if (t.overlaps(inputs_[i]) && t.data != inputs_[i].data) return false;
     for (int i = 0; i < small_count_; ++i)
-      if (t->overlaps(small_[i])) return false;
+      if (t.overlaps(small_[i])) return false;
     return true;
   }
   bool fresh(Owned* owner, PyObject** o, PlainTensor* t) {
     owner->p = PyObject_CallOneArg(torch_pieces().empty_like, args_[0]);
     *o = owner->p;
-    return owner->p && plain(owner->p, false, t) && *t == x_;
+    return owner->p && contiguous(owner->p, t) && *t == x_;
   }
   bool outputs() {
-    PlainTensor out, x0;
+    PlainTensor &out = made_[0], &x0 = made_[1];
     out_ = args_[12];
     x0_ = args_[13];
     const bool want_x0 = x0_ != Py_None || args_[11] == Py_True;
@@ -152,47 +152,95 @@ class PlainStep {
     return true;
   }
 
-  bool run() {
-    constexpr int64_t kSmall = 8192;  // below: neither threads nor other Python threads are worth waking
-    Status status;
-    if (a_.numel < kSmall) {
-      status = diffusion_step_cpu(a_, 1);
-    } else {
-      Owned threads{PyObject_CallNoArgs(torch_pieces().threads)};
-      const long count = threads.p ? PyLong_AsLong(threads.p) : -1;
-      if (count < 0) return false;
-      Py_BEGIN_ALLOW_THREADS status = diffusion_step_cpu(a_, int(count));
-      Py_END_ALLOW_THREADS
-    }
-    if (status) PyErr_Format(PyExc_RuntimeError, "diffusion_step: %s", status);
-    return !status;
-  }
-
   PyObject* const* args_;
   const bool grad_;
   DiffusionStep a_{};
-  PlainTensor x_{};
+  PlainTensor x_{}, m_{}, made_[2]{};
   PlainTensor inputs_[8], small_[2];
   int count_ = 0, small_count_ = 0;
   PyObject *out_ = nullptr, *x0_ = nullptr;
   Owned new_out_, new_x0_;
 };
 
+bool run(const DiffusionStep* steps, int number) {
+  constexpr int64_t kSmall = 8192;  // below: neither threads nor other Python threads are worth waking
+  Status status;
+  if (steps->numel < kSmall) {
+    status = diffusion_steps_cpu(steps, number, 1);
+  } else {
+    Owned threads{PyObject_CallNoArgs(torch_pieces().threads)};
+    const long count = threads.p ? PyLong_AsLong(threads.p) : -1;
+    if (count < 0) return false;
+    Py_BEGIN_ALLOW_THREADS status = diffusion_steps_cpu(steps, number, int(count));
+    Py_END_ALLOW_THREADS
+  }
+  if (status) PyErr_Format(PyExc_RuntimeError, "diffusion_step: %s", status);
+  return !status;
+}
+PyObject* stand_aside() {
+  if (PyErr_Occurred()) return nullptr;
+  Py_RETURN_NONE;
+}
+
 PyObject* diffusion_step_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 15) {
     PyErr_SetString(PyExc_TypeError, "diffusion_step_plain takes 15 arguments");
     return nullptr;
   }
-  return PlainStep(args).call();
+  PlainStep step(args);
+  if (!step.known()) return stand_aside();
+  if (!run(&step.step(), 1)) return nullptr;
+  if (args[11] != Py_True) return Py_NewRef(step.out());
+  return PyTuple_Pack(2, step.out(), step.x0());
+}
+
+// diffusion_two_steps_plain(x, model_output, coefficients, history, coefficients of the second step, its history, out,
+//                           x0_out, grad) -> (its out, out, x0) or None. The second step has out for its x and x0 for its
+// model_output. `out` and `x0_out` are of the first step.
+PyObject* diffusion_two_steps_plain(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 9) {
+    PyErr_SetString(PyExc_TypeError, "diffusion_two_steps_plain takes 9 arguments");
+    return nullptr;
+  }
+  static PyObject* const one = PyFloat_FromDouble(1.0);
+  static PyObject* const zero = PyLong_FromLong(0);
+  PyObject* const none = Py_None;
+  PyObject* const first[] = {args[0],  args[1], args[2], none,    one,     args[3], none,   none,
+                             Py_False, none,    zero,    Py_True, args[6], args[7], args[8]};
+  PlainStep a(first);
+  if (!a.known()) return stand_aside();
+  PyObject* const second[] = {a.out(),  a.x0(), args[4], none,     one,  args[5], none,   none,
+                              Py_False, none,   zero,    Py_False, none, none,    args[8]};
+  PlainStep b(second, a);
+  if (!b.known() || b.reads_part_of(a)) return stand_aside();
+  const DiffusionStep steps[] = {a.step(), b.step()};
+  return run(steps, 2) ? PyTuple_Pack(3, b.out(), a.out(), a.x0()) : nullptr;
+}
+
+// same_floats(tensor, ...) -> are all plain tensors of one floating dtype and one shape? A False may be wrong.
+PyObject* same_floats(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  PlainTensor first{}, t{};
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PlainTensor* const to = i ? &t : &first;
+    if (!plain(args[i], false, to, true) || to->dtype < 0 || (i && !(t == first))) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
+PyCFunction fast(PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(f));
 }
 
 }  // namespace
 
-PyMethodDef* diffusion_step_plain_method() {
-  static PyMethodDef method = {"diffusion_step_plain",
-                               reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(diffusion_step_plain)),
-                               METH_FASTCALL, nullptr};
-  return &method;
+PyMethodDef* diffusion_plain_methods() {
+  static PyMethodDef methods[] = {
+      {"diffusion_step_plain", fast(diffusion_step_plain), METH_FASTCALL, nullptr},
+      {"diffusion_two_steps_plain", fast(diffusion_two_steps_plain), METH_FASTCALL, nullptr},
+      {"same_floats", fast(same_floats), METH_FASTCALL, nullptr},
+      {nullptr, nullptr, 0, nullptr},
+  };
+  return methods;
 }
 
 }  // namespace gmk

@@ -44,8 +44,11 @@ struct DiffusionStep {
   int wide;        // coefficients are float64
 };
 
+// Several steps of one size and dtype: a run of elements goes through all of them while it is in the cache, as if each step
+// had read and written all elements before the next one began. So no step may draw noise or have an index, and tensors of
+// different steps are the same elements or lie apart.
 struct DiffusionKernels {
-  Status (*diffusion_step)(const DiffusionStep&, int threads);
+  Status (*diffusion_steps)(const DiffusionStep*, int count, int threads);
 };
 
 Status diffusion_step_cuda(const DiffusionStep&, int device, void* stream);

@@ -170,8 +170,8 @@ class Step {
 };
 
 template <class T>
-Status run(const DiffusionStep& a, int threads) {
-  const Step<T> step(a);
+Status run(const DiffusionStep* steps, int count, int threads) {
+  const DiffusionStep& a = *steps;
   const bool drawn = a.noise_kind == kDrawnNoise || (a.mask && a.known_noise != 0);
   const int64_t rows = drawn ? a.seed_rows : 1, size = a.numel / rows;
   const int64_t length = a.noise_kind == kNoNoise && !drawn ? kRun : kDrawnRun, runs = (size + length - 1) / length;
@@ -179,29 +179,33 @@ Status run(const DiffusionStep& a, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
   for (int64_t job = 0; job < rows * runs; ++job) {
     const int64_t row = job / runs, begin = job % runs * length, rest = size - begin;
-    step(row * size + begin, rest < length ? rest : length, begin, row);
+    for (int k = 0; k < count; ++k) {
+      const Step<T> step(steps[k]);
+      step(row * size + begin, rest < length ? rest : length, begin, row);
+    }
   }
   return kOk;
 }
 
-Status diffusion_step(const DiffusionStep& given, int threads) {
-  DiffusionStep a = given;
+Status diffusion_steps(const DiffusionStep* steps, int count, int threads) {
+  DiffusionStep a = *steps;
   if (a.numel <= 0) return kOk;
   if (a.index) {
     const int64_t row = *a.index;
     if (row < 0 || row >= a.index_rows) return "step is not a row of the coefficients";
     a.coefficients = static_cast<const char*>(a.coefficients) + row * kCoefficients * (a.wide ? 8 : 4);
     a.step = uint32_t(row);
+    steps = &a;
   }
   switch (a.dtype) {
     case kFloat32:
-      return run<float>(a, threads);
+      return run<float>(steps, count, threads);
     case kFloat64:
-      return run<double>(a, threads);
+      return run<double>(steps, count, threads);
     case kBFloat16:
-      return run<bf16>(a, threads);
+      return run<bf16>(steps, count, threads);
     case kFloat16:
-      return run<f16>(a, threads);
+      return run<f16>(steps, count, threads);
   }
   return "unknown dtype";
 }
@@ -209,7 +213,7 @@ Status diffusion_step(const DiffusionStep& given, int threads) {
 }  // namespace
 
 extern const DiffusionKernels diffusion_kernels;
-const DiffusionKernels diffusion_kernels = {diffusion_step};
+const DiffusionKernels diffusion_kernels = {diffusion_steps};
 
 }  // namespace GMK_ISA_NS
 }  // namespace gmk

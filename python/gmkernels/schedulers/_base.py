@@ -10,9 +10,15 @@ from collections import OrderedDict
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import is_grad_enabled
 
-from .. import ops
+from .. import _C, ops
+from .._call import plain_eager
 from ._noise import CHOICES, Noise
+
+_plain, _two_plain, _same_floats = _C.diffusion_step_plain, _C.diffusion_two_steps_plain, _C.same_floats
+with torch.inference_mode(False):
+    _STILL = torch.empty(0, device="cpu")
 
 
 class Plan:
@@ -21,12 +27,14 @@ class Plan:
     def __init__(self, scheduler):
         config = scheduler.config
         self.timesteps = scheduler.timesteps
-        self.source = scheduler._source()
+        self.name = scheduler._source_name
+        self.source = getattr(scheduler, self.name)
         self.config = scheduler._internal_dict
         self.corrected = scheduler.corrected
         self.key = tuple(getattr(scheduler, name, None) for name in ("num_inference_steps", "custom_timesteps"))
         self.steps = scheduler.num_inference_steps if hasattr(scheduler, "num_inference_steps") else None
-        self.version = version(self.source), version(self.timesteps)
+        self.watched = tuple(_STILL if t is None or t.is_inference() else t for t in (self.source, self.timesteps))
+        self.version = tuple(t._version for t in self.watched)
         self.times = [] if self.timesteps is None else self.timesteps.tolist()
         self.single = self.timesteps is not None and self.timesteps.dtype is torch.float32
         self.first = self.timesteps.data_ptr() if self.times and self.timesteps.is_contiguous() else 0
@@ -38,9 +46,10 @@ class Plan:
         self._indices = None
 
     def fits(self, scheduler):
-        return (self.timesteps is scheduler.timesteps and self.source is scheduler._source()
-                and self.config is scheduler._internal_dict and self.corrected == scheduler.corrected
-                and self.steps == scheduler.__dict__.get("num_inference_steps") and self.untouched())  # fmt: skip
+        own = scheduler.__dict__
+        return (scheduler.timesteps is self.timesteps and own[self.name] is self.source
+                and own["_internal_dict"] is self.config and scheduler.corrected == self.corrected
+                and own.get("num_inference_steps") == self.steps and self.untouched())  # fmt: skip
 
     def reuse(self, before):
         """The tables of the plan before, if it was made from the same numbers: a pipeline asks for them every time."""
@@ -50,7 +59,8 @@ class Plan:
             self.tables = before.tables
 
     def untouched(self):
-        return self.version == (version(self.source), version(self.timesteps))
+        a, b = self.watched
+        return self.version == (a._version, b._version)
 
     def time(self, timestep):
         """The number that `timestep` is. A view of the schedule is known by its address, so nothing is read back."""
@@ -75,20 +85,13 @@ class Plan:
         return self._indices
 
 
-def version(t):
-    return -1 if t is None or t.is_inference() else t._version
-
-
 class Fused:
     """Mixed in before the diffusers class of the same name."""
 
     corrected = False
     noise = "auto"
     _plan = None
-
-    def _source(self):
-        """The tensor, besides the timesteps, that the coefficients are made from."""
-        return self.alphas_cumprod
+    _source_name = "alphas_cumprod"  # the tensor, besides the timesteps, that the coefficients are made from
 
     def _ready(self):
         plan = self._plan
@@ -146,19 +149,25 @@ def drop_in(cls):
     return cls
 
 
-def output(cls, **fields):
-    """``cls(**fields)`` of a diffusers output, a dict whose items are attributes too, in a fifth of its time."""
-    result = cls.__new__(cls)
-    put = OrderedDict.__setitem__
-    for name, value in fields.items():
-        put(result, name, value)
-    result.__dict__.update(fields)
+_new, _put = OrderedDict.__new__, OrderedDict.__setitem__
+
+
+def output(cls, prev_sample, **others):
+    """``cls(prev_sample=prev_sample, **others)`` of a diffusers output, a dict whose items are attributes too, in a
+    sixth of its time."""
+    result = _new(cls)
+    attributes = result.__dict__
+    _put(result, "prev_sample", prev_sample)
+    attributes["prev_sample"] = prev_sample
+    for name in others:
+        _put(result, name, others[name])
+        attributes[name] = others[name]
     return result
 
 
 if output(SchedulerOutput, prev_sample=0).__dict__ != SchedulerOutput(prev_sample=0).__dict__:
-    def output(cls, **fields):  # noqa: F811  a diffusers whose outputs are made in another way
-        return cls(**fields)
+    def output(cls, prev_sample, **others):  # noqa: F811  a diffusers whose outputs are made in another way
+        return cls(prev_sample=prev_sample, **others)
 
 
 def check(model_output, sample):
@@ -201,7 +210,52 @@ def alike(x, *others):
     return [t if t is None or t.dtype is dtype else t.to(dtype) for t in (x, *others)]
 
 
+def matched(sample, model_output, *others):
+    """All of them in one dtype, the first two checked."""
+    if _same_floats(sample, model_output, *others):
+        return sample, model_output, *others
+    check(model_output, sample)
+    return alike(sample, model_output, *others)
+
+
+def attempt(table, i, x, m, history=(), variance=None, clip=None, noise=False, seed=None, x0=True):
+    """(next sample, x0) of row i, or the next sample alone, where all are plain tensors of one kind on the CPU; else
+    None, with nothing done: whatever it is, also an error, `matched` and `fused` find out."""
+    if not plain_eager():
+        return None
+    rows = table.wide if getattr(x, "dtype", None) is torch.float64 else table.narrow
+    return _plain(x, m, rows[i], None, 1.0, history, variance, clip, noise, seed, i, x0, None, None, is_grad_enabled())
+
+
+def attempt_twice(first, second, i, x, m, history, then):
+    """The step of `first`, and from its sample and x0 that of `second` with history `then`:
+    (next sample, sample, x0) or None."""
+    if not plain_eager():
+        return None
+    if getattr(x, "dtype", None) is torch.float64:
+        return _two_plain(x, m, first.wide[i], history, second.wide[i], then, None, None, is_grad_enabled())
+    return _two_plain(x, m, first.narrow[i], history, second.narrow[i], then, None, None, is_grad_enabled())
+
+
+def fused(table, i, x, m, history=(), variance=None, clip=None, noise=False, seed=None, x0=True):
+    result = attempt(table, i, x, m, history, variance, clip, noise, seed, x0)
+    if result is not None:
+        return result
+    return ops.diffusion_step(x, m, table.row(i, x), history=history, variance=variance, clip=clip, noise=noise,
+                              seed=seed, step=i, return_x0=x0)
+
+
+def fused_twice(first, second, i, x, m, history, then):
+    result = attempt_twice(first, second, i, x, m, history, then)
+    if result is not None:
+        return result
+    x, x0 = ops.diffusion_step(x, m, first.row(i, x), history=history, return_x0=True)
+    return ops.diffusion_step(x, x0, second.row(i, x), history=then), x, x0
+
+
 def x0_step(plan, table, i, x, m, history=(), variance=None, noise=False, seed=None):
     """(next sample, x0) of row i, with the clip or the dynamic threshold of the config."""
-    return ops.diffusion_step(x, m, table.row(i, x), history=history, variance=variance, clip=plan.clip, noise=noise,
-                              seed=seed, step=i, return_x0=True, dynamic_threshold=plan.threshold)
+    if plan.threshold is None:
+        return fused(table, i, x, m, history, variance, plan.clip, noise, seed)
+    return ops.diffusion_step(x, m, table.row(i, x), history=history, variance=variance, noise=noise, seed=seed, step=i,
+                              return_x0=True, dynamic_threshold=plan.threshold)

@@ -3,8 +3,7 @@
 import torch
 from diffusers.utils import logging
 
-from .. import ops
-from ._base import alike, check, output
+from ._base import fused, matched, output
 from ._sigmas import Scaled, float_time
 from ._table import Table
 
@@ -31,23 +30,22 @@ def line(sigma, to):
 class Euler(Scaled):
     """`step` for a parent with churn. A subclass has `_denoiser(sigma, hat)`: (A, B) at x of level hat."""
 
-    def _fused_step(self, parent_step, result, model_output, timestep, sample, churn, generator, return_dict):
-        """`parent_step`: diffusers' own, for a step that has no finite coefficients."""
+    def _fused_step(self, result, model_output, timestep, sample, churn, generator, return_dict):
+        """None: there are no finite coefficients, and diffusers' own step has to do it."""
         float_time(timestep, type(self).__name__)
-        check(model_output, sample)
+        x, m = matched(sample, model_output)
         self._warn_unscaled()
         plan = self._ready()
         i = self._begin(plan, timestep)
         table, push = self._churned(plan, churn)
         if not table.finite[i]:
-            return parent_step()
-        x, m = alike(sample, model_output)
+            return None
         if push is not None and push.noisy[i]:
             noise, seed = plan.noise.take(self.noise, i, generator, model_output)
             if seed is None:
                 noise = noise.to(x.dtype)
-            x = ops.diffusion_step(x, m, push.row(i, x), noise=noise, seed=seed, step=i)
-        prev, x0 = ops.diffusion_step(x, m, table.row(i, x), return_x0=True)
+            x = fused(push, i, x, m, noise=noise, seed=seed, x0=False)
+        prev, x0 = fused(table, i, x, m)
         self._step_index = i + 1
         if prev.dtype is not model_output.dtype:
             prev = prev.to(model_output.dtype)

@@ -3,7 +3,7 @@
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from . import _dpm
-from ._base import alike, check, output, x0_step
+from ._base import alike, attempt, matched, output, x0_step
 from ._sigmas import Noised
 from ._table import Table
 
@@ -16,8 +16,9 @@ class Multistep(Noised):
     def _signal_and_noise(self, sigma):
         return _dpm.signal_and_noise(sigma, self._kind())
 
-    def _fused_step(self, parent_step, model_output, timestep, sample, generator, noise, noise_dtype, return_dict):
-        """`noise`: a tensor that was given, or None; `noise_dtype`: in which diffusers draws it."""
+    def _fused_step(self, model_output, timestep, sample, generator, noise, noise_dtype, return_dict):
+        """None: diffusers' own step has to do it. `noise`: a tensor that was given, or None; `noise_dtype`: in which
+        diffusers draws it."""
         plan = self._ready()
         i = self._begin(plan, timestep)
         outputs = self.model_outputs
@@ -25,10 +26,23 @@ class Multistep(Noised):
         order = min(highest[i], self.lower_order_nums + 1)
         table = plan.tables.get(order) or self._table(plan, order)
         if not table.finite[i] or (plan.threshold and self._to_noise()):
-            return parent_step()
-        check(model_output, sample)
-        history = outputs[-1 : -order : -1]  # m1, m2
-        x, m, *history = alike(sample, model_output, *history)
+            return None
+        result = None
+        if not stochastic and plan.threshold is None:
+            result = attempt(table, i, sample, model_output, tuple(outputs[-1 : -order : -1]), None, plan.clip)
+        if result is None:
+            result = self._any_step(plan, table, i, order, model_output, sample, generator, noise, noise_dtype)
+        prev, x0 = result
+        outputs.append(x0)
+        del outputs[0]
+        if self.lower_order_nums < solver_order:
+            self.lower_order_nums += 1
+        self._step_index = i + 1
+        return output(SchedulerOutput, prev_sample=prev) if return_dict else (prev,)
+
+    def _any_step(self, plan, table, i, order, model_output, sample, generator, noise, noise_dtype):
+        outputs, stochastic = self.model_outputs, plan.tables["facts"][1]
+        x, m, *history = matched(sample, model_output, *outputs[-1 : -order : -1])  # m1, m2
         dtype, seed = x.dtype, None
         if not stochastic:
             noise = False
@@ -39,14 +53,7 @@ class Multistep(Noised):
         if noise is not False and noise is not True and noise.dtype is not dtype:
             x, m, noise, *history = alike(x, m, noise, *history)
         prev, x0 = x0_step(plan, table, i, x, m, tuple(history), None, noise, seed)
-        if prev.dtype is not dtype:
-            prev, x0 = prev.to(dtype), x0.to(dtype)
-        outputs.append(x0)
-        del outputs[0]
-        if self.lower_order_nums < solver_order:
-            self.lower_order_nums += 1
-        self._step_index = i + 1
-        return output(SchedulerOutput, prev_sample=prev) if return_dict else (prev,)
+        return (prev, x0) if prev.dtype is dtype else (prev.to(dtype), x0.to(dtype))
 
     def _to_noise(self):
         """Is the converted output the noise? Then a threshold, which is for x0, needs more than the table holds."""

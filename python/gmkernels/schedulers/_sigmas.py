@@ -13,8 +13,7 @@ class Sigmas(Fused):
 
     _absent_is_last = False  # index_for_timestep of a time that is not in the schedule: the last index, or an error
 
-    def _source(self):
-        return self.sigmas
+    _source_name = "sigmas"
 
     def index_for_timestep(self, timestep, schedule_timesteps=None):
         """Without a read from the device if `timestep` is a view of `scheduler.timesteps`, or a number."""

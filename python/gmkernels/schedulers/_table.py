@@ -1,5 +1,7 @@
 """The coefficients of every step of a run, made once on the host, and given out as tensors on the device that asks."""
 
+from functools import cached_property
+
 import torch
 
 from ..ops.diffusion import COEFFICIENTS
@@ -27,6 +29,15 @@ class Table:
     def row(self, i, x):
         """Row i as a tensor [8], fit for x."""
         return self._given(x.device, x.dtype)[1][i]
+
+    @cached_property
+    def narrow(self):
+        """The rows on the CPU, fit for all but float64."""
+        return self._given(torch.device("cpu"), torch.float32)[1]
+
+    @cached_property
+    def wide(self):
+        return self._given(torch.device("cpu"), torch.float64)[1]
 
     def _given(self, device, dtype):
         wide = dtype is torch.float64

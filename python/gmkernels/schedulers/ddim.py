@@ -5,7 +5,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 from ._alphas import Alphas, prediction
-from ._base import Fused, alike, check, drop_in, output, x0_step
+from ._base import Fused, drop_in, matched, output, x0_step
 from ._table import Table
 
 
@@ -17,7 +17,7 @@ class DDIMScheduler(Alphas, Fused, diffusers.DDIMScheduler):
              variance_noise=None, return_dict=True):
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
-        check(model_output, sample)
+        x, m = matched(sample, model_output)
         if eta > 0 and variance_noise is not None and generator is not None:
             raise ValueError("only one of generator and variance_noise may be given")
         plan = self._ready()
@@ -32,7 +32,6 @@ class DDIMScheduler(Alphas, Fused, diffusers.DDIMScheduler):
                 noise, seed = plan.noise.take(self.noise, i, generator, model_output)
             else:
                 noise = variance_noise.to(sample.device)
-        x, m = alike(sample, model_output)
         if not isinstance(noise, bool) and noise.dtype is not x.dtype:
             noise = noise.to(x.dtype)
         prev, x0 = x0_step(plan, table, i, x, m, () if use_clipped_model_output else (m,), None, noise, seed)

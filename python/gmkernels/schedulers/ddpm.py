@@ -5,7 +5,7 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 
 from ._alphas import Alphas, prediction
-from ._base import Fused, alike, check, drop_in, output, x0_step
+from ._base import Fused, drop_in, matched, output, x0_step
 from ._table import Table
 
 _LEARNED = ("learned", "learned_range")
@@ -23,20 +23,19 @@ class DDPMScheduler(Alphas, Fused, diffusers.DDPMScheduler):
                 raise ValueError(f"model_output must have {2 * sample.shape[1]} channels for variance_type"
                                  f" {self.variance_type!r}, got shape {tuple(model_output.shape)}")
             model_output, log_variance = model_output.split(sample.shape[1], 1)
-        check(model_output, sample)
+        x, m, *v = matched(sample, model_output, *(() if log_variance is None else (log_variance,)))
         i = self._index(plan, plan.time(timestep))
         table = self._table(plan)
         if not table.finite[i]:
             if log_variance is not None:
                 model_output = torch.cat([model_output, log_variance], 1)
             return super().step(model_output, timestep, sample, generator, return_dict)
-        x, m, v = alike(sample, model_output, log_variance)
-        noise = seed = variance = None
+        noise, seed, variance = False, None, None
         if table.noisy[i]:
             noise, seed = plan.noise.take(self.noise, i, generator, m)
-            if v is not None:
-                variance = v if self.variance_type == "learned" else self._in_range(plan, i, v)
-        prev, x0 = x0_step(plan, table, i, x, m, (), variance, False if noise is None else noise, seed)
+            if v:
+                variance = v[0] if self.variance_type == "learned" else self._in_range(plan, i, v[0])
+        prev, x0 = x0_step(plan, table, i, x, m, (), variance, noise, seed)
         return output(DDPMSchedulerOutput, prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
 
     def _index(self, plan, t):

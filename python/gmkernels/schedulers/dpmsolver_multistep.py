@@ -13,15 +13,14 @@ class DPMSolverMultistepScheduler(Multistep, diffusers.DPMSolverMultistepSchedul
     """diffusers' :class:`DPMSolverMultistepScheduler` with one kernel call per step (docs/schedulers.md)."""
 
     def step(self, model_output, timestep, sample, generator=None, variance_noise=None, return_dict=True):
-        def parent_step():
-            return super(DPMSolverMultistepScheduler, self).step(model_output, timestep, sample, generator,
-                                                                 variance_noise, return_dict)
-
-        m = model_output
-        if m.shape != sample.shape and self.config.variance_type in ("learned", "learned_range"):
-            if self.config.prediction_type == "epsilon":
+        m, config = model_output, self.config
+        if config.variance_type in ("learned", "learned_range") and m.shape != sample.shape:
+            if config.prediction_type == "epsilon":
                 m = m[:, :3]  # diffusers: of the learned variances nothing is used
-        return self._fused_step(parent_step, m, timestep, sample, generator, variance_noise, torch.float32, return_dict)
+        result = self._fused_step(m, timestep, sample, generator, variance_noise, torch.float32, return_dict)
+        if result is None:
+            return super().step(model_output, timestep, sample, generator, variance_noise, return_dict)
+        return result
 
     def _kind(self):
         return "flow" if self.config.use_flow_sigmas else "vp"

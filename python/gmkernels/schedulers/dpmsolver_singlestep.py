@@ -4,7 +4,7 @@ import diffusers
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from . import _dpm
-from ._base import alike, check, drop_in, output, x0_step
+from ._base import drop_in, matched, output, x0_step
 from ._sigmas import Noised
 from ._table import Table
 
@@ -29,9 +29,8 @@ class DPMSolverSinglestepScheduler(Noised, diffusers.DPMSolverSinglestepSchedule
         if m.shape != sample.shape and config.variance_type in ("learned", "learned_range"):
             if config.prediction_type == "epsilon":
                 m = m[:, :3]  # diffusers: of the learned variances nothing is used
-        check(m, sample)
         history = [self.sample, *outputs[: -order : -1]] if order > 1 else []  # the start, m1, m2
-        x, m, *history = alike(sample, m, *history)
+        x, m, *history = matched(sample, m, *history)
         noise, seed = False, None
         if config.algorithm_type.startswith("sde"):
             noise, seed = plan.noise.take(self.noise, i, generator, m)

@@ -13,11 +13,10 @@ class EDMDPMSolverMultistepScheduler(Preconditioned, Multistep, Scaled, diffuser
     """diffusers' :class:`EDMDPMSolverMultistepScheduler` with one kernel call per step (docs/schedulers.md)."""
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        def parent_step():
-            return super(EDMDPMSolverMultistepScheduler, self).step(model_output, timestep, sample, generator,
-                                                                    return_dict)
-
-        return self._fused_step(parent_step, model_output, timestep, sample, generator, None, None, return_dict)
+        result = self._fused_step(model_output, timestep, sample, generator, None, None, return_dict)
+        if result is None:
+            return super().step(model_output, timestep, sample, generator, return_dict)
+        return result
 
     def _kind(self):
         return "edm"

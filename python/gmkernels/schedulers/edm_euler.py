@@ -14,15 +14,16 @@ class EDMEulerScheduler(Preconditioned, Euler, diffusers.EDMEulerScheduler):
 
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0,
              generator=None, return_dict=True, pred_original_sample=None):
-        def parent_step():
-            return super(EDMEulerScheduler, self).step(model_output, timestep, sample, s_churn, s_tmin, s_tmax,
-                                                       s_noise, generator, return_dict, pred_original_sample)
-
-        if pred_original_sample is not None:
+        result = None
+        if pred_original_sample is None:
+            result = self._fused_step(EDMEulerSchedulerOutput, model_output, timestep, sample,
+                                      (s_churn, s_tmin, s_tmax, s_noise), generator, return_dict)
+        else:
             self._begin(self._ready(), timestep)
-            return parent_step()
-        return self._fused_step(parent_step, EDMEulerSchedulerOutput, model_output, timestep, sample,
-                                (s_churn, s_tmin, s_tmax, s_noise), generator, return_dict)
+        if result is None:
+            return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator,
+                                return_dict, pred_original_sample)
+        return result
 
     def _denoiser(self, sigma, hat):
         return preconditioning(self.config, hat)

@@ -3,8 +3,7 @@
 import diffusers
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteSchedulerOutput
 
-from .. import ops
-from ._base import alike, check, drop_in, output
+from ._base import drop_in, fused, matched, output
 from ._euler import level_prediction, line
 from ._sigmas import Scaled, float_time
 from ._table import Table
@@ -16,17 +15,16 @@ class EulerAncestralDiscreteScheduler(Scaled, diffusers.EulerAncestralDiscreteSc
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         float_time(timestep, "EulerAncestralDiscreteScheduler")
-        check(model_output, sample)
+        x, m = matched(sample, model_output)
         plan = self._ready()
         i = self._begin(plan, timestep)
         table = self._table(plan)
         if not table.finite[i]:
             return super().step(model_output, timestep, sample, generator, return_dict)
-        x, m = alike(sample, model_output)
         noise, seed = plan.noise.take(self.noise, i, generator, model_output)
         if seed is None:
             noise = noise.to(x.dtype)
-        prev, x0 = ops.diffusion_step(x, m, table.row(i, x), noise=noise, seed=seed, step=i, return_x0=True)
+        prev, x0 = fused(table, i, x, m, noise=noise, seed=seed)
         self._step_index = i + 1
         if prev.dtype is not model_output.dtype:
             prev = prev.to(model_output.dtype)

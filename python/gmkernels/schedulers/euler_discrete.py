@@ -16,12 +16,12 @@ class EulerDiscreteScheduler(Euler, diffusers.EulerDiscreteScheduler):
 
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0,
              generator=None, return_dict=True):
-        def parent_step():
-            return super(EulerDiscreteScheduler, self).step(model_output, timestep, sample, s_churn, s_tmin, s_tmax,
-                                                            s_noise, generator, return_dict)
-
-        return self._fused_step(parent_step, EulerDiscreteSchedulerOutput, model_output, timestep, sample,
-                                (s_churn, s_tmin, s_tmax, s_noise), generator, return_dict)
+        result = self._fused_step(EulerDiscreteSchedulerOutput, model_output, timestep, sample,
+                                  (s_churn, s_tmin, s_tmax, s_noise), generator, return_dict)
+        if result is None:
+            return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator,
+                                return_dict)
+        return result
 
     def _denoiser(self, sigma, hat):
         kind = self.config.prediction_type

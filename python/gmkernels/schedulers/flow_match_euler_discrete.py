@@ -4,8 +4,7 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 
-from .. import ops
-from ._base import alike, check, drop_in, output
+from ._base import alike, drop_in, fused, matched, output
 from ._sigmas import Sigmas, float_time
 from ._table import Table
 
@@ -17,20 +16,19 @@ class FlowMatchEulerDiscreteScheduler(Sigmas, diffusers.FlowMatchEulerDiscreteSc
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0,
              generator=None, per_token_timesteps=None, return_dict=True):
         float_time(timestep, "FlowMatchEulerDiscreteScheduler")
-        check(model_output, sample)
+        x, m = matched(sample, model_output)
         plan = self._ready()
         i = self._begin(plan, timestep)
         table = self._table(plan)
         if per_token_timesteps is not None or not table.finite[i]:
             return super().step(model_output, timestep, sample, s_churn, s_tmin, s_tmax, s_noise, generator,
                                 per_token_timesteps, return_dict)
-        x, m = alike(sample, model_output)
         noise, seed = False, None
         if self.config.stochastic_sampling:
             noise, seed = plan.noise.take(self.noise, i, generator, x, torch.float32)
             if seed is None:
                 x, m, noise = alike(x, m, noise)
-        prev = ops.diffusion_step(x, m, table.row(i, x), noise=noise, seed=seed, step=i)
+        prev = fused(table, i, x, m, noise=noise, seed=seed, x0=False)
         self._step_index = i + 1
         if prev.dtype is not model_output.dtype:
             prev = prev.to(model_output.dtype)

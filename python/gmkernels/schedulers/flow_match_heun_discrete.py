@@ -4,8 +4,7 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteSchedulerOutput
 
-from .. import ops
-from ._base import alike, check, drop_in, output
+from ._base import alike, check, drop_in, fused, output
 from ._heun import Heun
 from ._sigmas import Sigmas, float_time
 from ._table import Table
@@ -29,7 +28,7 @@ class FlowMatchHeunDiscreteScheduler(Heun, Sigmas, diffusers.FlowMatchHeunDiscre
                                 return_dict)
         start, half = (self.sample, self._half) if second else (sample, None)
         x, m, half = alike(start, model_output, half)
-        prev = ops.diffusion_step(x, m, table.row(i, x), history=(half,) if second else ())
+        prev = fused(table, i, x, m, (half,) if second else (), x0=False)
         if second:
             self._forget()
         else:

@@ -3,8 +3,7 @@
 import diffusers
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteSchedulerOutput
 
-from .. import ops
-from ._base import alike, check, drop_in, output
+from ._base import alike, check, drop_in, fused, output
 from ._euler import level_prediction, line
 from ._heun import Heun
 from ._sigmas import Scaled
@@ -26,7 +25,7 @@ class HeunDiscreteScheduler(Heun, Scaled, diffusers.HeunDiscreteScheduler):
             return super().step(model_output, timestep, sample, return_dict)
         x, m = alike(sample, model_output)
         history = (self.sample.to(x.dtype), self._half.to(x.dtype)) if second else ()
-        prev, x0 = ops.diffusion_step(x, m, table.row(i, x), history=history, clip=plan.clip, return_x0=True)
+        prev, x0 = fused(table, i, x, m, history, clip=plan.clip)
         if second:
             self._forget()
         else:

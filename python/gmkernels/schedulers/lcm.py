@@ -4,9 +4,8 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 
-from .. import ops
 from ._alphas import Alphas, prediction
-from ._base import Fused, alike, check, drop_in, output, x0_step
+from ._base import Fused, drop_in, fused, matched, output, x0_step
 from ._sigmas import Sigmas
 from ._table import Table
 
@@ -15,21 +14,20 @@ from ._table import Table
 class LCMScheduler(Alphas, Sigmas, diffusers.LCMScheduler):
     """diffusers' :class:`LCMScheduler` with two kernel calls per step, one in the last (docs/schedulers.md)."""
 
-    _source = Fused._source  # there are no sigmas
+    _source_name = Fused._source_name  # there are no sigmas
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-        check(model_output, sample)
+        x, m = matched(sample, model_output)
         plan = self._ready()
         i = self._begin(plan, timestep)
         denoise, renoise = self._both(plan)
         if not denoise.finite[i] or not renoise.finite[i] or plan.time(timestep) != plan.times[i]:
             return super().step(model_output, timestep, sample, generator, return_dict)
-        x, m = alike(sample, model_output)
         denoised = x0_step(plan, denoise, i, x, m)[0]
         prev = denoised
         if i != self.num_inference_steps - 1:
             noise, seed = plan.noise.take(self.noise, i, generator, denoised)
-            prev = ops.diffusion_step(denoised, denoised, renoise.row(i, x), noise=noise, seed=seed, step=i)
+            prev = fused(renoise, i, denoised, denoised, noise=noise, seed=seed, x0=False)
         self._step_index = i + 1
         return output(LCMSchedulerOutput, prev_sample=prev, denoised=denoised) if return_dict else (prev, denoised)
 
