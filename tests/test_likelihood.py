@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import cases
@@ -332,11 +332,16 @@ def test_many_components(device):
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 3), st.sampled_from([1, 3]), st.lists(st.integers(0, 9), min_size=0, max_size=3),
        st.integers(1, 6), st.sampled_from(list(KINDS)), st.integers(2, 400), st.booleans())
+@example(3, 3, [], 6, "classic", 363, False)
+@example(2, 3, [], 6, "openai", 186, False)
 def test_any_shape(b, c, rest, m, kind, levels, last):
+    """The examples: a narrow component (1 / 23) whose mean is 0.002 from the pixel, so that one rounding of this distance
+    is 1.3e-5 of the largest gradient: more than `close` allows, and rare (7 of 33000 shapes)."""
     params, x = problem(b, c, tuple(rest), m, kind, F32, levels=levels)
     if last:
         params = params.movedim(1, -1).contiguous().movedim(-1, 1)
-    close(loss_and_gradient(params, x, m, levels=levels, **KINDS[kind]), oracle(params, x, m, kind, levels=levels))
+    got = loss_and_gradient(params, x, m, levels=levels, **KINDS[kind])
+    close(got, oracle(params, x, m, kind, levels=levels), 2e-5)
 
 
 # errors --------------------------------------------------------------------------------------------------------------
