@@ -335,8 +335,8 @@ def test_many_components(device):
 @example(3, 3, [], 6, "classic", 363, False)
 @example(2, 3, [], 6, "openai", 186, False)
 def test_any_shape(b, c, rest, m, kind, levels, last):
-    """The examples: a narrow component (1 / 23) whose mean is 0.002 from the pixel, so that one rounding of this distance
-    is 1.3e-5 of the largest gradient: more than `close` allows, and rare (7 of 33000 shapes)."""
+    """The examples: a narrow component (1 / 23) whose mean is 0.002 from the pixel, so that one rounding of this
+    distance is 1.3e-5 of the largest gradient: more than `close` allows, and rare (7 of 33000 shapes)."""
     params, x = problem(b, c, tuple(rest), m, kind, F32, levels=levels)
     if last:
         params = params.movedim(1, -1).contiguous().movedim(-1, 1)
