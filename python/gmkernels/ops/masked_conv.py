@@ -390,11 +390,11 @@ def masked_conv2d(x, weight, bias=None, mask_type="B", *, mask_order="raster", d
     Returns ``[b, c_out, h, w]``, or ``[b, c_out / 2, h, w]`` with a gate.
 
     float32, float64, bfloat16 and float16 have kernels; sums of the half types are float32, and one rounding at the
-    end. Sums in float32 on a CPU are made for pairs of pixels from 8 input channels on: fewer products, and two to three
-    times the rounding of a plain sum, within 16 * 2^-24 of the sum of absolute values (docs/masked_conv.md). A CPU with AVX512_BF16 takes subnormal bfloat16 numbers, and sums below 2^-126, for zero. A 1x1
-    convolution with its centre alone, without gate, cond and residual, is torch's own. Under autocast the op computes
-    in the dtype of its inputs. The backward pass keeps x and weight, and with a gate z, or with ``recompute=True`` bias
-    and cond instead.
+    end. Sums in float32 on a CPU are made for pairs of pixels from 8 input channels on: fewer products, and two to
+    three times the rounding of a plain sum, within 16 * 2^-24 of the sum of absolute values (docs/masked_conv.md). A
+    CPU with AVX512_BF16 takes subnormal bfloat16 numbers, and sums below 2^-126, for zero. A 1x1 convolution with its
+    centre alone, without gate, cond and residual, is torch's own. Under autocast the op computes in the dtype of its
+    inputs. The backward pass keeps x and weight, and with a gate z, or with ``recompute=True`` bias and cond instead.
 
     A NaN or infinite pixel reaches exactly the outputs that see it, but for torch's own convolution; with data channels
     those that see any channel of it (the order of channels is a matter of zeros in the weight, and zero times NaN is
