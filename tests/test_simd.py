@@ -15,7 +15,7 @@ FLAGS = {"base": [], "avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"
 
 SOURCE = """
 #define GMK_ISA test
-#include "core/simd.h"
+#include "core/simd_math.h"
 using namespace gmk;
 using namespace gmk::isa_test;
 template <class T, class F> static void map(const T* x, T* y, long n, F f) {

@@ -35,20 +35,30 @@ typedef uint32_t vuint __attribute__((vector_size(GMK_VECTOR_BYTES)));
 typedef int64_t vlong __attribute__((vector_size(GMK_VECTOR_BYTES)));
 typedef uint64_t vulong __attribute__((vector_size(GMK_VECTOR_BYTES)));
 typedef uint16_t vhalf __attribute__((vector_size(GMK_VECTOR_BYTES / 2)));
+#if defined(__AVX512F__)
+typedef __mmask16 mfloat;
+typedef __mmask8 mdouble;
+#else
+typedef vint mfloat;
+typedef vlong mdouble;
+#endif
 
-// simd<T>::v is a word of simd<T>::n lanes; simd<T>::i the integers of the same size (comparisons give all ones or zero).
+// simd<T>::v is a word of simd<T>::n lanes; simd<T>::i the integers of the same size (comparisons give all ones or zero);
+// simd<T>::m a choice of lanes for `where`, in a mask register where there are any.
 template <class T>
 struct simd;
 template <>
 struct simd<float> {
   using v = vfloat;
   using i = vint;
+  using m = mfloat;
   static constexpr int n = GMK_VECTOR_BYTES / 4;
 };
 template <>
 struct simd<double> {
   using v = vdouble;
   using i = vlong;
+  using m = mdouble;
   static constexpr int n = GMK_VECTOR_BYTES / 8;
 };
 constexpr int kLanes = simd<float>::n;
@@ -114,8 +124,29 @@ GMK_INLINE V madd(V a, V b, V c) {
 // x where a comparison is true, else y.
 template <class I, class V>
 GMK_INLINE V select(I condition, V x, V y) {
-  return (V)(((I)x & condition) | ((I)y & ~condition));
+  return condition ? x : y;
 }
+// The same with masks, for code that keeps, combines and applies many: &, | and ~ are theirs.
+#if defined(__AVX512F__)
+GMK_INLINE mfloat less(vfloat a, vfloat b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ); }
+GMK_INLINE mdouble less(vdouble a, vdouble b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LT_OQ); }
+GMK_INLINE vfloat where(mfloat c, vfloat x, vfloat y) {
+  return (vfloat)_mm512_mask_blend_ps(c, (__m512)y, (__m512)x);
+}
+GMK_INLINE vdouble where(mdouble c, vdouble x, vdouble y) {
+  return (vdouble)_mm512_mask_blend_pd(c, (__m512d)y, (__m512d)x);
+}
+#else
+GMK_INLINE mfloat less(vfloat a, vfloat b) { return a < b; }
+GMK_INLINE mdouble less(vdouble a, vdouble b) { return a < b; }
+GMK_INLINE vfloat where(mfloat c, vfloat x, vfloat y) { return select(c, x, y); }
+GMK_INLINE vdouble where(mdouble c, vdouble x, vdouble y) { return select(c, x, y); }
+#endif
+GMK_INLINE vfloat magnitude(vfloat x) { return (vfloat)((vint)x & 0x7FFFFFFF); }
+GMK_INLINE vdouble magnitude(vdouble x) { return (vdouble)((vlong)x & 0x7FFFFFFFFFFFFFFF); }
+// x >= 0 with the sign of y.
+GMK_INLINE vfloat with_sign_of(vfloat x, vfloat y) { return (vfloat)((vint)x | ((vint)y & (vint)splat(-0.0f))); }
+GMK_INLINE vdouble with_sign_of(vdouble x, vdouble y) { return (vdouble)((vlong)x | ((vlong)y & (vlong)splat(-0.0))); }
 // b where either is NaN, as the x86 instruction.
 GMK_INLINE vfloat vmax(vfloat a, vfloat b) {
 #if defined(__AVX512F__)
@@ -213,162 +244,6 @@ GMK_INLINE auto hsum(V x) {
   for (int step = n / 2; step; step /= 2)
     for (int l = 0; l < step; ++l) part[l] += part[l + step];
   return part[0];
-}
-
-// Elementary functions. Errors are bounds checked by tests/test_simd.py against float64.
-// exp: at most 2 ulp; 0 below the smallest normal number, infinity above the largest, NaN for NaN.
-GMK_INLINE vfloat vexp(vfloat x) {
-  const vfloat lo = splat(-87.336540f), hi = splat(88.722839f);
-  const vint under = x < lo;
-  const vint over = x > hi;
-  const vfloat y = select(under, lo, select(over, hi, x));
-  const vfloat magic = splat(12582912.0f), z = madd(y, splat(1.44269504f), magic), n = z - magic;
-  vfloat f = madd(n, splat(-0.693145752f), y);
-  f = madd(n, splat(-1.42860677e-6f), f);
-  vfloat p = splat(1.9875691500e-4f);
-  p = madd(p, f, splat(1.3981999507e-3f));
-  p = madd(p, f, splat(8.3334519073e-3f));
-  p = madd(p, f, splat(4.1665795894e-2f));
-  p = madd(p, f, splat(1.6666665459e-1f));
-  p = madd(p, f, splat(5.0000001201e-1f));
-  p = madd(p * f, f, f) + splat(1.0f);
-  const vint k = (vint)z - 0x4B400000, half = k >> 1;  // two factors, since 2^128 is not a float
-  const vfloat r = p * (vfloat)((half + 127) << 23) * (vfloat)((k - half + 127) << 23);
-  return select(under, vfloat{}, select(over, splat(INFINITY), r));
-}
-GMK_INLINE vdouble vexp(vdouble x) {
-  const vdouble lo = splat(-708.39), hi = splat(709.782712893384);
-  const vlong under = x < lo;
-  const vlong over = x > hi;
-  const vdouble y = select(under, lo, select(over, hi, x));
-  const vdouble magic = splat(6755399441055744.0), z = madd(y, splat(1.4426950408889634), magic), n = z - magic;
-  vdouble f = madd(n, splat(-0.693147180369123816490), y);
-  f = madd(n, splat(-1.90821492927058770002e-10), f);
-  vdouble p = splat(1.0 / 6227020800.0);
-  p = madd(p, f, splat(1.0 / 479001600.0));
-  p = madd(p, f, splat(1.0 / 39916800.0));
-  p = madd(p, f, splat(1.0 / 3628800.0));
-  p = madd(p, f, splat(1.0 / 362880.0));
-  p = madd(p, f, splat(1.0 / 40320.0));
-  p = madd(p, f, splat(1.0 / 5040.0));
-  p = madd(p, f, splat(1.0 / 720.0));
-  p = madd(p, f, splat(1.0 / 120.0));
-  p = madd(p, f, splat(1.0 / 24.0));
-  p = madd(p, f, splat(1.0 / 6.0));
-  p = madd(p, f, splat(0.5));
-  p = madd(p * f, f, f) + splat(1.0);
-  const vlong k = (vlong)z - 0x4338000000000000, half = k >> 1;
-  const vdouble r = p * (vdouble)((half + 1023) << 52) * (vdouble)((k - half + 1023) << 52);
-  return select(under, vdouble{}, select(over, splat((double)INFINITY), r));
-}
-// exp of x <= 0, for softmax: 0 below the smallest normal number, so that no subnormal ever reaches a product.
-GMK_INLINE vfloat vexp_nonpositive(vfloat x) {
-  const vfloat lo = splat(-87.0f);
-  const vint under = x < lo;
-  const vfloat magic = splat(12582912.0f), z = madd(x, splat(1.44269504f), magic), n = z - magic;
-  vfloat f = madd(n, splat(-0.693145752f), x);
-  f = madd(n, splat(-1.42860677e-6f), f);
-  vfloat p = splat(1.9875691500e-4f);
-  p = madd(p, f, splat(1.3981999507e-3f));
-  p = madd(p, f, splat(8.3334519073e-3f));
-  p = madd(p, f, splat(4.1665795894e-2f));
-  p = madd(p, f, splat(1.6666665459e-1f));
-  p = madd(p, f, splat(5.0000001201e-1f));
-  p = madd(p * f, f, f) + splat(1.0f);
-  // NaN survives: its z is NaN, and adding to the exponent field of a NaN with a full mantissa leaves it a NaN only by
-  // luck, so multiply instead of adding.
-  const vfloat r = p * (vfloat)(((vuint)z - 0x4B400000u + 127u) << 23);  // wraps where `under`
-  return (vfloat)((vint)r & ~under);
-}
-GMK_INLINE vdouble vexp_nonpositive(vdouble x) {
-  const vlong under = x < splat(-708.39);
-  const vdouble magic = splat(6755399441055744.0), z = madd(x, splat(1.4426950408889634), magic), n = z - magic;
-  vdouble f = madd(n, splat(-0.693147180369123816490), x);
-  f = madd(n, splat(-1.90821492927058770002e-10), f);
-  vdouble p = splat(2.51003758422237e-08);  // (e^f - 1 - f) / f^2 to 2^-56
-  p = madd(p, f, splat(2.7620075892548164e-07));
-  p = madd(p, f, splat(2.7557268480289716e-06));
-  p = madd(p, f, splat(2.480152132234228e-05));
-  p = madd(p, f, splat(0.00019841269863040559));
-  p = madd(p, f, splat(0.0013888888917196736));
-  p = madd(p, f, splat(0.008333333333330065));
-  p = madd(p, f, splat(0.041666666666624164));
-  p = madd(p, f, splat(0.16666666666666669));
-  p = madd(p, f, splat(0.5000000000000001));
-  p = madd(p * f, f, f) + splat(1.0);
-  const vdouble r = p * (vdouble)(((vulong)z - 0x4338000000000000u + 1023u) << 52);  // as above
-  return (vdouble)((vlong)r & ~under);
-}
-
-// log: at most 2 ulp; -inf at 0, NaN below 0, inf at inf, subnormals included.
-GMK_INLINE vfloat vlog(vfloat x) {
-  const vint tiny = x < splat(1.17549435e-38f);
-  const vfloat y = select(tiny, x * splat(8388608.0f), x);
-  const vint t = (vint)((vuint)y - 0x3F3504F3u), e = t >> 23;  // unsigned: wraps for -0
-  const vfloat f = (vfloat)((t & 0x7FFFFF) + 0x3F3504F3) - splat(1.0f), z = f * f;
-  const vfloat k = __builtin_convertvector(e - (tiny & 23), vfloat);
-  vfloat p = splat(7.0376836292e-2f);
-  p = madd(p, f, splat(-1.1514610310e-1f));
-  p = madd(p, f, splat(1.1676998740e-1f));
-  p = madd(p, f, splat(-1.2420140846e-1f));
-  p = madd(p, f, splat(1.4249322787e-1f));
-  p = madd(p, f, splat(-1.6668057665e-1f));
-  p = madd(p, f, splat(2.0000714765e-1f));
-  p = madd(p, f, splat(-2.4999993993e-1f));
-  p = madd(p, f, splat(3.3333331174e-1f));
-  vfloat r = p * f * z;
-  r = madd(k, splat(-2.12194440e-4f), r);
-  r = madd(splat(-0.5f), z, r);
-  r = madd(k, splat(0.693359375f), f + r);
-  r = select(x == vfloat{}, splat(-INFINITY), r);
-  r = select((vint)(x == splat(INFINITY)), x, r);
-  return select((vint)((x < vfloat{}) | (x != x)), splat(NAN), r);
-}
-GMK_INLINE vdouble vlog(vdouble x) {
-  const vlong tiny = x < splat(2.2250738585072014e-308);
-  const vdouble y = select(tiny, x * splat(4503599627370496.0), x);
-  const vlong t = (vlong)((vulong)y - 0x3FE6A09E667F3BCDu), e = t >> 52;
-  const vdouble f = (vdouble)((t & 0xFFFFFFFFFFFFF) + 0x3FE6A09E667F3BCD) - splat(1.0);
-  const vdouble k = __builtin_convertvector(e - (tiny & 52), vdouble);
-  const vdouble s = f / (splat(2.0) + f), z = s * s, half = splat(0.5) * f * f;
-  vdouble p = splat(1.479819860511658591e-01);
-  p = madd(p, z, splat(1.531383769920937332e-01));
-  p = madd(p, z, splat(1.818357216161805012e-01));
-  p = madd(p, z, splat(2.222219843214978396e-01));
-  p = madd(p, z, splat(2.857142874366239149e-01));
-  p = madd(p, z, splat(3.999999999940941908e-01));
-  p = madd(p, z, splat(6.666666666666735130e-01));
-  vdouble r = k * splat(6.93147180369123816490e-01) -
-              ((half - madd(s, half + p * z, k * splat(1.90821492927058770002e-10))) - f);
-  r = select(x == vdouble{}, splat(-(double)INFINITY), r);
-  r = select((vlong)(x == splat((double)INFINITY)), x, r);
-  return select((vlong)((x < vdouble{}) | (x != x)), splat((double)NAN), r);
-}
-template <class V>
-GMK_INLINE V vsigmoid(V x) {  // at most 3 ulp
-  const V one = V{} + 1;
-  return one / (one + vexp(-x));
-}
-// tanh: at most 3 ulp, odd, also where it is nearly x.
-GMK_INLINE vfloat vtanh(vfloat x) {
-  const vint sign = (vint)x & (vint)splat(-0.0f);
-  const vfloat a = (vfloat)((vint)x & 0x7FFFFFFF), e = vexp(a * splat(-2.0f));
-  const vfloat big = (splat(1.0f) - e) / (splat(1.0f) + e), z = x * x;
-  vfloat p = splat(-5.70498872745e-3f);
-  p = madd(p, z, splat(2.06390887954e-2f));
-  p = madd(p, z, splat(-5.37397155531e-2f));
-  p = madd(p, z, splat(1.33314422036e-1f));
-  p = madd(p, z, splat(-3.33332819422e-1f));
-  p = madd(p * z, a, a);
-  return (vfloat)((vint)select((vint)(a < splat(0.625f)), p, big) | sign);
-}
-GMK_INLINE vdouble vtanh(vdouble x) {
-  const vlong sign = (vlong)x & (vlong)splat(-0.0);
-  const vdouble a = (vdouble)((vlong)x & 0x7FFFFFFFFFFFFFFF), e = vexp(a * splat(-2.0));
-  vdouble r = (splat(1.0) - e) / (splat(1.0) + e);
-  for (int l = 0; l < simd<double>::n; ++l)
-    if (!(a[l] >= 0.625)) r[l] = __builtin_tanh(a[l]);
-  return (vdouble)((vlong)r | sign);
 }
 
 // Half types: storage only. load_float/store_float move kLanes (or `count`) elements of T as float32.

@@ -1,6 +1,7 @@
 // CPU only: what the forward and the backward share. Rows lie on the SIMD lanes: a tile holds a block of rows with the
 // features outside, so that no sum over features or components crosses lanes, and every k and d fits.
 #pragma once
+#include "core/simd_math.h"
 #include "core/tile.h"
 #include "gmm/gmm.h"
 

@@ -16,11 +16,18 @@ constexpr int64_t kTileBytes = 40 << 10;  // more blocks of a multiprocessor, an
 template <class T>
 struct Scalar {
   using V = T;
-  using I = bool;
+  using M = bool;
   static GMK_DEV T set(double x) { return T(x); }
-  static GMK_DEV T exp(T x) { return ::exp(x); }
+  static GMK_DEV T exp_normal(T x) { return ::exp(x); }
   static GMK_DEV T exp_nonpositive(T x) { return ::exp(x); }
   static GMK_DEV T log(T x) { return ::log(x); }
+  template <int C>
+  static GMK_DEV T log_product(const T (&x)[C]) {
+    T sum = ::log(x[0]);
+#pragma unroll
+    for (int c = 1; c < C; ++c) sum += ::log(x[c]);
+    return sum;
+  }
   static GMK_DEV T log1p(T x) { return ::log1p(x); }
   static GMK_DEV void tanh(T x, T* whole, T* part) {
     *whole = 0;
@@ -34,17 +41,17 @@ struct Scalar {
   static GMK_DEV T min(T a, T b) { return a < b ? a : b; }  // b where either is NaN, as in core/simd.h
   static GMK_DEV T max(T a, T b) { return a > b ? a : b; }
   static GMK_DEV T abs(T x) { return ::fabs(x); }
-  static GMK_DEV T select(bool c, T x, T y) { return c ? x : y; }
-  static GMK_DEV bool both(bool a, bool b) { return a && b; }
-  static GMK_DEV bool either(bool a, bool b) { return a || b; }
-  static GMK_DEV bool neither(bool a, bool b) { return !a && !b; }
+  static GMK_DEV bool less(T a, T b) { return a < b; }
   static GMK_DEV bool no(bool a) { return !a; }
+  static GMK_DEV T where(bool c, T x, T y) { return c ? x : y; }
 };
 
 template <class T>
 struct Column {
   T* rows;
   int stride;
+  GMK_DEV T param(int64_t row) const { return get(row); }
+  GMK_DEV void result(int64_t row, T v) const { put(row, v); }
   GMK_DEV T get(int64_t row) const { return rows[row * stride]; }
   GMK_DEV void put(int64_t row, T v) const { rows[row * stride] = v; }
 };

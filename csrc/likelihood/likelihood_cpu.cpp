@@ -1,11 +1,11 @@
-// A word of pixels at a time: their parameters are copied to a tile in L1, a row a channel, whatever the memory format; the
-// gradient takes their place there and is copied out. Bound: about 10 exponentials and 3 logarithms a component of an RGB
-// pixel, against 80 bytes moved.
+// A word of pixels at a time. Bound: arithmetic, about 14 exponentials and a logarithm a component of an RGB pixel, against 80
+// bytes moved.
 #include "likelihood/likelihood.h"
 
 #include <omp.h>
 
 #include "core/scratch.h"
+#include "core/simd_math.h"
 #include "core/tile.h"
 #include "likelihood/logistic_mixture.h"
 #include "likelihood/logistic_sample.h"
@@ -14,91 +14,66 @@ namespace gmk {
 namespace GMK_ISA_NS {
 namespace {
 
-// e^-w and 1 - e^-w of w >= 0, each with a small relative error: one polynomial for both.
-GMK_INLINE void exp_and_expm1(vfloat w, vfloat* e, vfloat* u) {
-  const vfloat y = vmax(splat(-87.0f), -w), magic = splat(12582912.0f), z = madd(y, splat(1.44269504f), magic);
-  const vfloat n = z - magic;
-  vfloat f = madd(n, splat(-0.693145752f), y);
-  f = madd(n, splat(-1.42860677e-6f), f);
-  vfloat p = splat(1.9875691500e-4f);
-  p = madd(p, f, splat(1.3981999507e-3f));
-  p = madd(p, f, splat(8.3334519073e-3f));
-  p = madd(p, f, splat(4.1665795894e-2f));
-  p = madd(p, f, splat(1.6666665459e-1f));
-  p = madd(p, f, splat(5.0000001201e-1f));
-  p = madd(p * f, f, f);
-  const vfloat s = (vfloat)(((vuint)z - 0x4B400000u + 127u) << 23);
-  *e = madd(s, p, s);
-  *u = madd(-s, p, splat(1.0f) - s);
-}
-GMK_INLINE void exp_and_expm1(vdouble w, vdouble* e, vdouble* u) {
-  const vdouble y = vmax(splat(-708.0), -w), magic = splat(6755399441055744.0);
-  const vdouble z = madd(y, splat(1.4426950408889634), magic), n = z - magic;
-  vdouble f = madd(n, splat(-0.693147180369123816490), y);
-  f = madd(n, splat(-1.90821492927058770002e-10), f);
-  vdouble p = splat(1.0 / 87178291200.0);
-  double factorial = 87178291200.0;  // 14!
-  for (int i = 14; i >= 3; --i) {
-    factorial /= i;
-    p = madd(p, f, splat(1.0 / factorial));
-  }
-  p = madd(p * f, f, f);
-  const vdouble s = (vdouble)(((vulong)z - 0x4338000000000000u + 1023u) << 52);
-  *e = madd(s, p, s);
-  *u = madd(-s, p, splat(1.0) - s);
-}
-
 // tanh as a whole number -1, 0 or 1 and the rest, whose rounding is less than that of the sum.
-GMK_INLINE void tanh_parts(vfloat x, vfloat* whole, vfloat* part) {
-  const vint sign = (vint)x & (vint)splat(-0.0f);
-  const vfloat a = (vfloat)((vint)x & 0x7FFFFFFF), e = vexp(a * splat(-2.0f)), z = x * x;
-  vfloat p = splat(-5.70498872745e-3f);
-  p = madd(p, z, splat(2.06390887954e-2f));
-  p = madd(p, z, splat(-5.37397155531e-2f));
-  p = madd(p, z, splat(1.33314422036e-1f));
-  p = madd(p, z, splat(-3.33332819422e-1f));
-  p = madd(p * z, a, a);
-  const vint small = a < splat(0.625f);
-  *whole = select(small, vfloat{}, (vfloat)((vint)splat(1.0f) | sign));
-  *part = (vfloat)((vint)select(small, p, splat(-2.0f) * e / (splat(1.0f) + e)) ^ sign);
-}
-GMK_INLINE void tanh_parts(vdouble x, vdouble* whole, vdouble* part) {
-  *whole = vdouble{};
-  *part = vtanh(x);
+template <class V>
+GMK_INLINE void tanh_parts(V x, V* whole, V* part) {
+  const V a = magnitude(x), zero{};
+  V e, u;
+  exp_and_expm1(a + a, &e, &u);
+  const auto small = less(a, zero + 0.55f);
+  const V sign = with_sign_of(zero + 1, x);
+  *whole = where(small, zero, sign);
+  *part = sign * (where(small, u, e * -2) / (e + 1));
 }
 
 template <class T>
 struct Word {
   using V = typename simd<T>::v;
-  using I = typename simd<T>::i;
+  using M = typename simd<T>::m;
   GMK_HD_MEMBER static V set(double x) { return T(x) - V{}; }
-  GMK_HD_MEMBER static V exp(V x) { return vexp(x); }
+  GMK_HD_MEMBER static V exp_normal(V x) { return vexp_normal(x); }
   GMK_HD_MEMBER static V exp_nonpositive(V x) { return vexp_nonpositive(x); }
   GMK_HD_MEMBER static V log(V x) { return vlog(x); }
+  template <int C>
+  GMK_HD_MEMBER static V log_product(const V (&x)[C]) {  // of normal numbers; one logarithm, and no product can underflow
+    typename simd<T>::i e, exponent{};
+    V product = x[C - 1];
+    for (int c = 0; c < C - 1; ++c) {
+      product *= split(x[c], &e);
+      exponent += e;
+    }
+    const V m = split(product, &e);
+    return log_of(m, exponent + e);
+  }
   GMK_HD_MEMBER static void tanh(V x, V* whole, V* part) { tanh_parts(x, whole, part); }
   GMK_HD_MEMBER static V log1p(V x) {  // of 0 .. 1; what the sum rounds off, the quotient puts back
     const V u = x + T(1), d = u - T(1);
-    const I lost = (I)(d == V{});
-    return gmk::GMK_ISA_NS::select(lost, x, vlog(u) * x / gmk::GMK_ISA_NS::select(lost, V{} + T(1), d));
+    return where(less(V{}, d), vlog(u) * x / where(less(V{}, d), d, V{} + T(1)), x);
   }
   GMK_HD_MEMBER static void exp_and_expm1(V w, V* e, V* u) { gmk::GMK_ISA_NS::exp_and_expm1(w, e, u); }
   GMK_HD_MEMBER static V madd(V a, V b, V c) { return gmk::GMK_ISA_NS::madd(a, b, c); }
   GMK_HD_MEMBER static V min(V a, V b) { return vmin(a, b); }
   GMK_HD_MEMBER static V max(V a, V b) { return vmax(a, b); }
-  GMK_HD_MEMBER static V abs(V x) { return (V)((I)x & ~(I)(T(-0.0) - V{})); }
-  GMK_HD_MEMBER static V select(I c, V x, V y) { return gmk::GMK_ISA_NS::select(c, x, y); }
-  GMK_HD_MEMBER static I both(I a, I b) { return a & b; }
-  GMK_HD_MEMBER static I either(I a, I b) { return a | b; }
-  GMK_HD_MEMBER static I neither(I a, I b) { return ~(a | b); }
-  GMK_HD_MEMBER static I no(I a) { return ~a; }
+  GMK_HD_MEMBER static V abs(V x) { return magnitude(x); }
+  GMK_HD_MEMBER static M less(V a, V b) { return gmk::GMK_ISA_NS::less(a, b); }
+  GMK_HD_MEMBER static M no(M a) { return ~a; }
+  GMK_HD_MEMBER static V where(M c, V x, V y) { return gmk::GMK_ISA_NS::where(c, x, y); }
 };
 
+// Rows a channel, of n pixels each. Whole words of contiguous params are read and their gradient is written where they are;
+// others are copied to a tile in L1 and back.
 template <class T>
-struct L1Tile {
-  T* rows;
+struct Rows {
+  const T* params;
+  int64_t stride;
+  T* tile;
+  T* gradient;
+  int64_t gradient_stride;
   using V = typename simd<T>::v;
-  GMK_HD_MEMBER V get(int64_t row) const { return load(rows + row * simd<T>::n); }
-  GMK_HD_MEMBER void put(int64_t row, V v) const { store(rows + row * simd<T>::n, v); }
+  GMK_HD_MEMBER V param(int64_t row) const { return load(params + row * stride); }
+  GMK_HD_MEMBER V get(int64_t row) const { return load(tile + row * simd<T>::n); }
+  GMK_HD_MEMBER void put(int64_t row, V v) const { store(tile + row * simd<T>::n, v); }
+  GMK_HD_MEMBER void result(int64_t row, V v) const { store(gradient + row * gradient_stride, v); }
 };
 
 template <class T, int C, int kind, bool kGradient>
@@ -120,6 +95,7 @@ Status run(const LogisticMixtureNll& a, int threads) {
     T* const tile = scratch.get() + omp_get_thread_num() * height * n;
     const int64_t begin = shape.last ? first * f : image * f * pixels + first;
     const T* const params = (const T*)a.params + begin;
+    T* const gradient = (T*)a.gradient + begin;
     const T* const data = (const T*)a.x + (shape.last ? first * C : image * C * pixels + first);
     V x[C];
     if (shape.last) {
@@ -129,28 +105,19 @@ Status run(const LogisticMixtureNll& a, int threads) {
         for (int64_t l = 0; l < count; ++l) x[c][l] = data[l * C + c];
       }
     } else {
-      for (int64_t row = 0; row < f; ++row) {
-        const T* const p = params + row * pixels;
-        store(tile + row * n, count == n ? load(p) : load_some(p, count));
-      }
+      for (int64_t row = 0; count < n && row < f; ++row) store(tile + row * n, load_some(params + row * pixels, count));
       for (int c = 0; c < C; ++c) x[c] = count == n ? load(data + c * pixels) : load_some(data + c * pixels, count);
     }
     for (int c = 0; c < C; ++c) x[c] = madd(x[c], splat(T(logistic_scale(shape))), splat(T(logistic_offset(shape))));
-    const V nll = logistic_pixel<Word<T>, C, kind, kGradient>(shape, a.weight, rows, L1Tile<T>{tile}, x);
+    const bool direct = !shape.last && count == n;
+    const Rows<T> here = direct ? Rows<T>{params, pixels, tile, gradient, pixels} : Rows<T>{tile, n, tile, tile, n};
+    const V nll = logistic_pixel<Word<T>, C, kind, kGradient>(shape, a.weight, rows, here, x);
     store_some((T*)a.nll + image * pixels + first, nll, count);
-    if (!kGradient) continue;
-    T* const gradient = (T*)a.gradient + begin;
+    if (!kGradient || direct) continue;
     if (shape.last) {
       store_tile(gradient, tile, n, count, f);
     } else {
-      for (int64_t row = 0; row < f; ++row) {
-        T* const p = gradient + row * pixels;
-        if (count == n) {
-          store(p, load(tile + row * n));
-        } else {
-          store_some(p, load(tile + row * n), count);
-        }
-      }
+      for (int64_t row = 0; row < f; ++row) store_some(gradient + row * pixels, load(tile + row * n), count);
     }
   }
   return kOk;

@@ -1,5 +1,6 @@
 // Bound: memory in [b, c, h, w] without many rows, two exponentials a number otherwise.
 #include "core/arithmetic.h"
+#include "core/simd_math.h"
 #include "masked_conv/gate.h"
 
 namespace gmk {

@@ -1,5 +1,6 @@
 // CPU kernels only: a panel of output channels, the tensors it is combined with, and what is made of the sums of a tile.
 #pragma once
+#include "core/simd_math.h"
 #include "masked_conv/band.h"
 
 namespace gmk {

@@ -1,7 +1,7 @@
 // CPU kernels only: a linear map of many pixels. Up to kTile pixels x one panel of outputs stay in registers while the runs of their
 // inputs go by, in order: a pixel's bits do not depend on the tile that it falls to.
 #pragma once
-#include "core/simd.h"
+#include "core/simd_math.h"
 #include "pixelcnn/pixelcnn.h"
 
 namespace gmk {
@@ -82,20 +82,11 @@ GMK_INLINE void put(float* p, vfloat x, int64_t count) {
   }
 }
 
-// tanh(x) sigmoid(s) by one division; the polynomial is that of vtanh.
+// tanh(x) sigmoid(s) by one division.
 GMK_INLINE vfloat gated(vfloat x, vfloat s) {
-  const vint sign = (vint)x & (vint)splat(-0.0f);
-  const vfloat one = splat(1.0f), a = (vfloat)((vint)x & 0x7FFFFFFF), e = vexp_nonpositive(a * splat(-2.0f)), z = x * x;
-  vfloat p = splat(-5.70498872745e-3f);
-  p = madd(p, z, splat(2.06390887954e-2f));
-  p = madd(p, z, splat(-5.37397155531e-2f));
-  p = madd(p, z, splat(1.33314422036e-1f));
-  p = madd(p, z, splat(-3.33332819422e-1f));
-  p = madd(p * z, a, a);
-  const vint small = a < splat(0.625f);
-  const vfloat numerator = select(small, p, one - e);
-  const vfloat denominator = select(small, one, one + e) * (one + vexp(-s));
-  return (vfloat)((vint)(numerator / denominator) | sign);
+  vfloat numerator, denominator;
+  tanh_fraction(x, &numerator, &denominator);
+  return numerator / (denominator * (splat(1.0f) + vexp(-s)));
 }
 
 void finish(const Map& m, const float* z, int pixels, int words, const float* const* residual, float* const* out,
