@@ -70,7 +70,11 @@ struct Rows {
   T* gradient;
   int64_t gradient_stride;
   using V = typename simd<T>::v;
-  GMK_HD_MEMBER V param(int64_t row) const { return load(params + row * stride); }
+  GMK_HD_MEMBER V param(int64_t row) const {
+    const T* const p = params + row * stride;
+    __builtin_prefetch(p + simd<T>::n);  // of the next word: its rows are pages apart
+    return load(p);
+  }
   GMK_HD_MEMBER V get(int64_t row) const { return load(tile + row * simd<T>::n); }
   GMK_HD_MEMBER void put(int64_t row, V v) const { store(tile + row * simd<T>::n, v); }
   GMK_HD_MEMBER void result(int64_t row, V v) const { store(gradient + row * gradient_stride, v); }
