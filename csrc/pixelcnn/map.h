@@ -104,10 +104,10 @@ void finish(const Map& m, const float* z, int pixels, int words, const float* co
     }
 }
 
-// The map of every pixel of [images][width].
-void apply(const Map& m, int64_t images, int64_t width) {
+// The map of the pixels of all images in columns [from, to).
+void apply(const Map& m, int64_t images, int64_t from, int64_t to) {
   const int halves = m.gate ? 2 : 1;
-  const int64_t pixels = images * width, tiles = ceil_div(pixels, kTile), all = ceil_div(m.outputs, kLanes);
+  const int64_t pixels = images * (to - from), tiles = ceil_div(pixels, kTile), all = ceil_div(m.outputs, kLanes);
   alignas(64) float z[kTile * kWords * kLanes];
   for (int64_t first = 0; first < all; first += kWords / halves) {
     const int words = int(least(kWords / halves, all - first)), vectors = words * halves;
@@ -115,7 +115,7 @@ void apply(const Map& m, int64_t images, int64_t width) {
     int64_t word[kWords];
     for (int j = 0; j < vectors; ++j)
       word[j] = j < words ? (first + j) * kLanes : m.half + (first + j - words) * kLanes;
-    int64_t done = 0, b = 0, x = 0;
+    int64_t done = 0, b = 0, x = from;
     for (int64_t t = 1; t <= tiles; ++t) {  // of nearly the same size
       const int count = int(pixels * t / tiles - done);
       const float *in[kTile], *add[kTile], *residual[kTile];
@@ -125,7 +125,7 @@ void apply(const Map& m, int64_t images, int64_t width) {
         add[p] = m.add.at(b, x);
         residual[p] = m.residual.base ? m.residual.at(b, x) : nullptr;
         out[p] = m.out.at(b, x);
-        if (++x == width) x = 0, ++b;
+        if (++x == to) x = from, ++b;
       }
       kTiles[count - 1][vectors - 1](in, m.run, m.runs, weights, add, word, z);
       finish(m, z, count, words, residual, out, first * kLanes);

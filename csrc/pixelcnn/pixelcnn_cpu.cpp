@@ -1,5 +1,6 @@
-// A thread draws a slice of images from their first row to their last, and meets no other thread. Bound: multiply-adds with
-// several images a thread, with one the reading of the weights of each pixel (L2).
+// A thread draws a slice of images from their first row to their last, and meets no other thread, unless there are more of them than
+// images: then several share the rows of one in the vertical stack, and the first of them draws its pixels. Bound: multiply-adds
+// with several images a thread, with one the reading of the weights of each pixel (L2).
 #include "pixelcnn/pixelcnn.h"
 
 #include <omp.h>
@@ -78,7 +79,8 @@ struct Slice {
   float* outputs() const { return hidden() + a.size.hidden; }
   const float* out_bias() const { return a.biases + a.size.layers * (a.v_rows + a.h_rows) * 2 * a.size.features; }
 
-  void row(int64_t y) const;
+  void row(int64_t y, int64_t part, int64_t parts) const;
+  void margin() const;
   void features(int64_t y, int64_t x, int g) const;
   void head(int g) const;
   void values(int64_t y, int64_t x, int g) const;
@@ -90,9 +92,10 @@ Field<const float> bias_rows(const float* bias, int64_t l, int64_t rows, int64_t
   return {bias + (l * rows + (rows > 1 ? first : 0)) * width, rows > 1 ? width : 0, 0};
 }
 
-// The vertical stack of row y, and what it gives to the horizontal one.
-void Slice::row(int64_t y) const {
+// The vertical stack of row y, and what it gives to the horizontal one: the share of one of `parts` threads.
+void Slice::row(int64_t y, int64_t part, int64_t parts) const {
   const PixelCnnSizes& s = a.size;
+  const int64_t from = s.w * part / parts, end = s.w * (part + 1) / parts;
   const int64_t C = s.features, c = s.channels, r0 = s.kernel0 / 2, r = s.kernel / 2;
   Run run[kMaxRuns];
   for (int64_t l = 0; l < s.layers; ++l) {
@@ -113,7 +116,7 @@ void Slice::row(int64_t y) const {
     m.half = C;
     if (l) m.residual = {vertical(l - 1) + here, plan.state, C};
     m.out = {vertical(l) + here, plan.state, C};
-    apply(m, images, s.w);
+    apply(m, images, from, end);
 
     const Run own{0, C};
     Map to{};
@@ -125,10 +128,17 @@ void Slice::row(int64_t y) const {
     to.outputs = 2 * C;
     to.add = bias_rows(a.biases + s.layers * a.v_rows * 2 * C, l, a.h_rows, first, 2 * C);
     to.out = {link + l * s.w * 2 * C, plan.link_row, 2 * C};
-    apply(to, images, s.w);
+    apply(to, images, from, end);
+    if (parts > 1) {
+#pragma omp barrier
+    }
   }
-  for (int64_t b = 0; b < images; ++b)  // to the left of the first pixel
-    memset(pixel + b * plan.pixel, 0, size_t(s.layers * ring_size()) * sizeof(float));
+}
+
+// To the left of the first pixel.
+void Slice::margin() const {
+  for (int64_t b = 0; b < images; ++b)
+    memset(pixel + b * plan.pixel, 0, size_t(a.size.layers * ring_size()) * sizeof(float));
 }
 
 // The horizontal stack at one pixel, as far as group g has it.
@@ -153,7 +163,7 @@ void Slice::features(int64_t y, int64_t x, int g) const {
     m.add = {link + (l * s.w + x) * 2 * C + q.feature, plan.link_row, 0};
     m.half = C;
     m.out = {gated(l) + q.feature, plan.pixel, 0};
-    apply(m, images, 1);
+    apply(m, images, 0, 1);
 
     const bool last = l + 1 == s.layers;
     Map to{};
@@ -167,7 +177,7 @@ void Slice::features(int64_t y, int64_t x, int g) const {
     if (l) to.residual = {h(l - 1) + slot + q.feature, plan.pixel, 0};
     to.relu = last;
     to.out = {(last ? top() : h(l) + slot) + q.feature, plan.pixel, 0};
-    apply(to, images, 1);
+    apply(to, images, 0, 1);
   }
 }
 
@@ -186,7 +196,7 @@ void Slice::head(int g) const {
   m.add = {bias + q.hidden, 0, 0};
   m.relu = true;
   m.out = {hidden() + q.hidden, plan.pixel, 0};
-  apply(m, images, 1);
+  apply(m, images, 0, 1);
   m.in.base = hidden();
   m.run = &hidden_run;
   m.k = hidden_run.length;
@@ -195,7 +205,7 @@ void Slice::head(int g) const {
   m.add.base = bias + s.hidden + q.output;
   m.relu = false;
   m.out.base = outputs() + q.output;
-  apply(m, images, 1);
+  apply(m, images, 0, 1);
 }
 
 void Slice::set(int64_t b, int64_t channel, int64_t y, int64_t x, int64_t level, bool bad) const {
@@ -264,29 +274,38 @@ Status sample(const PixelCnn& a, int threads) {
   if (s.n <= 0 || a.y0 >= a.y1 || s.w <= 0) return kOk;
   if (s.lanes != kLanes || s.words != kWords) return "the weights are packed for another instruction set";
   const PixelCnnPlan plan = pixelcnn_plan(s);
-  threads = int(least(team(s.n * (a.y1 - a.y0) * s.w * plan.weights / 32, threads), s.n));
-  const int64_t slice = least(kSlice, ceil_div(s.n, threads)), levels = ceil_div(s.levels, 16) * 16;
+  threads = team(s.n * (a.y1 - a.y0) * s.w * plan.weights / 32, threads);
+  const int64_t teams = least(threads, s.n), shares = least(threads / teams, ceil_div(s.w, 2 * kTile));
+  const int64_t slice = least(kSlice, ceil_div(s.n, teams)), levels = ceil_div(s.levels, 16) * 16;
   const int64_t own = slice * (plan.link_row + plan.pixel) + 3 * levels;
-  const Scratch<float> scratch(threads * own);
+  const Scratch<float> scratch(teams * own);
   if (!scratch.ok()) return kOutOfMemory;
+  threads = int(teams * shares);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    const int64_t team_size = omp_get_num_threads(), me = omp_get_thread_num();
+    // Fewer threads than asked for: as many teams of one.
+    const int64_t all = omp_get_num_threads(), parts = all < threads ? 1 : shares, count = least(teams, all);
+    const int64_t me = omp_get_thread_num() / parts, part = omp_get_thread_num() % parts;
     float* const mine = scratch.get() + me * own;
-    for (int64_t first = s.n * me / team_size, end = s.n * (me + 1) / team_size; first < end; first += slice) {
+    for (int64_t first = s.n * me / count, end = s.n * (me + 1) / count; first < end; first += slice) {
       float* const link = mine + 3 * levels;
-      const Slice part{a,     plan,
+      const Slice here{a,     plan,
                        first, least(slice, end - first),
                        link,  link + slice * plan.link_row,
                        mine,  reinterpret_cast<double*>(mine + levels)};
-      memset(part.pixel, 0, size_t(part.images * plan.pixel) * sizeof(float));
+      if (part == 0) memset(here.pixel, 0, size_t(here.images * plan.pixel) * sizeof(float));
       for (int64_t y = a.y0; y < a.y1; ++y) {
-        part.row(y);
+        if (parts > 1) {
+#pragma omp barrier
+        }
+        here.row(y, part, parts);
+        if (part) continue;
+        here.margin();
         for (int64_t x = 0; x < s.w; ++x)
           for (int g = 0; g < s.groups; ++g) {
-            part.features(y, x, g);
-            part.head(g);
-            part.values(y, x, g);
+            here.features(y, x, g);
+            here.head(g);
+            here.values(y, x, g);
           }
       }
     }
