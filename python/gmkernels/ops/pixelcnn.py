@@ -158,35 +158,6 @@ def _check_uniforms(uniforms, shape, device):
 # packing -------------------------------------------------------------------------------------------------------------
 
 
-class _Packer:
-    """Weights in the kernel's order: [panel][k][word][lane] for each linear map, one after the other (pixelcnn.h)."""
-
-    def __init__(self, count, lanes, words, device):
-        self.buffer = torch.zeros(count, dtype=torch.float32, device=device)
-        self.lanes, self.words, self.at = lanes, words, 0
-
-    def add(self, halves, outputs, *pieces):
-        """pieces: [halves * outputs, inputs, taps], one behind the other along k = (tap, input)."""
-        pieces = [p.detach().unflatten(0, (halves, outputs)).permute(3, 2, 0, 1) for p in pieces]
-        k = sum(p.shape[0] * p.shape[1] for p in pieces)
-        padded = -(-outputs // self.lanes) * self.lanes
-        width = max(1, self.words // halves) * self.lanes
-        first = 0
-        while first < outputs:  # the whole panels at once, then what is left
-            panels = (outputs - first) // width or 1
-            lanes = min(width, padded - first)
-            count = min(panels * lanes, outputs - first)
-            size = panels * k * halves * lanes
-            to = self.buffer[self.at : self.at + size].view(panels, k, halves, lanes)[..., : count // panels]
-            self.at, row = self.at + size, 0
-            for p in pieces:
-                rows = p.shape[0] * p.shape[1]
-                source = p[..., first : first + count].unflatten(-1, (panels, -1)).movedim(-2, 0)
-                to[:, row : row + rows].unflatten(1, p.shape[:2]).copy_(source)
-                row += rows
-            first += count
-
-
 def _groups(channels, groups):
     """[first, end) of each group's channels."""
     ends = [-(-g * channels // groups) for g in range(groups + 1)]
@@ -194,27 +165,69 @@ def _groups(channels, groups):
 
 
 def _rows(w, features, first, end):
-    """Of [2C, ...]: the outputs [first, end) of both halves."""
-    return w if end - first == features else torch.cat((w[first:end], w[features + first : features + end]))
+    """Of [layers, 2C, ...]: the outputs [first, end) of both halves."""
+    return w if end - first == features else torch.cat((w[:, first:end], w[:, features + first : features + end]), 1)
+
+
+# A linear map of several layers: (halves, outputs, pieces [layers, halves * outputs, inputs, taps], one behind the other along
+# k = (tap, input)). Layers of one shape are packed together: a copy each, not one for each layer.
+
+
+def _layer_maps(vertical, horizontal, link, out, groups, own_row):
+    """Of layers [layers, ...]; layer 0 sees neither the own row nor, but for the groups before, the own pixel."""
+    features, half = out.shape[1], vertical.shape[-1] // 2
+    yield 2, features, [vertical[..., : half + own_row, :].flatten(3)]
+    yield 1, 2 * features, [link[..., None]]
+    for g, (first, end) in enumerate(_groups(features, groups)):
+        w = _rows(horizontal[:, :, :, 0], features, first, end)
+        yield 2, end - first, [w[..., :half], w[:, :, : end if own_row else g, half, None]]
+    for first, end in _groups(features, groups):
+        yield 1, end - first, [out[:, first:end, :end, None]]
+
+
+def _head_maps(head1, head2, features, groups):
+    groups = zip(*(_groups(c, groups) for c in (features, head1.shape[1], head2.shape[1])), strict=True)
+    for (_, feature_end), (first, end), (output, output_end) in groups:
+        yield 1, end - first, [head1[:, first:end, :feature_end, None]]
+        yield 1, output_end - output, [head2[:, output:output_end, :end, None]]
+
+
+def _pack(buffer, maps, lanes, words):
+    """Maps in the kernel's order, [panel][k][word][lane] (pixelcnn.h), one after the other. Returns what is left of buffer."""
+    sizes = [halves * -(-outputs // lanes) * lanes * sum(p.shape[2] * p.shape[3] for p in pieces)
+             for halves, outputs, pieces in maps]
+    layers, size, at = maps[0][2][0].shape[0], sum(sizes), 0
+    block = buffer[: layers * size].view(layers, size)
+    for halves, outputs, pieces in maps:
+        pieces = [p.unflatten(1, (halves, outputs)).permute(0, 4, 3, 1, 2) for p in pieces]
+        k = sum(p.shape[1] * p.shape[2] for p in pieces)
+        width, first = max(1, words // halves) * lanes, 0
+        while first < outputs:  # the whole panels at once, then what is left
+            panels = (outputs - first) // width or 1
+            padded = min(width, -(-(outputs - first) // lanes) * lanes)
+            count = min(panels * padded, outputs - first)
+            end, row = at + panels * k * halves * padded, 0
+            to = block[:, at:end].view(layers, panels, k, halves, padded)[..., : count // panels]
+            for p in pieces:
+                rows = p.shape[1] * p.shape[2]
+                source = p[..., first : first + count].unflatten(-1, (panels, -1)).movedim(-2, 1)
+                to[:, :, row : row + rows].unflatten(2, p.shape[1:3]).copy_(source)
+                row += rows
+            first, at = first + count, end
+    return buffer[layers * size :]
 
 
 def _packed(weights, groups, count, panel):
-    pack = _Packer(count, *panel, weights.out[0].device)
-    features, hidden, outputs = weights.out[0].shape[0], weights.head1.shape[0], weights.head2.shape[0]
-    for l, (vertical, horizontal) in enumerate(zip(weights.vertical, weights.horizontal, strict=True)):
-        half = vertical.shape[-1] // 2
-        pack.add(2, features, vertical[:, :, : half + (l > 0)].flatten(2))
-        pack.add(1, 2 * features, weights.link[l][..., None])
-        for g, (first, end) in enumerate(_groups(features, groups)):
-            w = _rows(horizontal[:, :, 0], features, first, end)
-            pack.add(2, end - first, w[:, :, :half], w[:, : end if l else g, half, None])
-        for first, end in _groups(features, groups):
-            pack.add(1, end - first, weights.out[l][first:end, :end, None])
-    ends = zip(_groups(features, groups), _groups(hidden, groups), _groups(outputs, groups), strict=True)
-    for (_, feature_end), (first, end), (output, output_end) in ends:
-        pack.add(1, end - first, weights.head1[first:end, :feature_end, None])
-        pack.add(1, output_end - output, weights.head2[output:output_end, :end, None])
-    return pack.buffer
+    buffer = rest = torch.zeros(count, dtype=torch.float32, device=weights.out[0].device)
+    layers, features = len(weights.out), weights.out[0].shape[0]
+    for first, end in ((0, 1), (1, layers)):
+        if first < end:
+            of = (weights.vertical, weights.horizontal, weights.link, weights.out)
+            stacked = (torch.stack([w.detach() for w in each[first:end]]) for each in of)
+            rest = _pack(rest, list(_layer_maps(*stacked, groups, first)), *panel)
+    heads = (weights.head1.detach()[None], weights.head2.detach()[None])
+    _pack(rest, list(_head_maps(*heads, features, groups)), *panel)
+    return buffer
 
 
 def _biases(weights):
