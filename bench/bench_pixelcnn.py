@@ -140,7 +140,8 @@ def _case(n, device):
 
     c, k = _C_, 3
     macs = 2 * c * (_K0 * (_K0 // 2) + _K0 // 2) + _LAYERS * (2 * c * c + c * c) + _HIDDEN * (c + _LEVELS)
-    macs += (_LAYERS - 1) * 2 * c * c * (k * 2 + 2)
+    points = _C.pixelcnn_panel(torch.device(device).type == "cuda", k, _SIDE)[2]  # for two pixels
+    macs += (_LAYERS - 1) * 2 * c * c * ((points / 2 or k) * 2 + 2)
     return Case(
         "pixelcnn_sample",
         f"28x28, C=64, 12 layers, n={n}",

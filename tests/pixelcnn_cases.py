@@ -3,7 +3,9 @@
 import torch
 
 import cases
-from gmkernels import ops, reference
+from gmkernels import _C, ops, reference
+
+SAMPLE = ops.pixelcnn_sample
 
 
 def network(c=1, features=16, layers=2, k0=3, k=3, hidden=8, outputs=4, rows=1, device="cpu", dtype=torch.float32,
@@ -62,3 +64,38 @@ def margin(outputs, u, levels, temperature=1.0):
     n, c, h, w = u.shape
     p = torch.softmax(outputs.view(n, c, levels, h, w) / temperature, 2)
     return (p.cumsum(2)[:, :, :-1] - u.double()[:, :, None]).abs().min().item()
+
+
+def expected(weights, n, shape, levels, u, temperature=1.0, **options):
+    want, outputs = oracle(weights, n, shape, levels, uniforms=u, temperature=temperature, **options)
+    assert temperature == 0 or margin(outputs, u, levels, temperature) > 1e-5
+    return want, outputs
+
+
+def check(device, weights, n, shape, levels, u, want=None, given=None, given_mask=None, groups=1, **options):
+    """Pixels equal the oracle's, outputs are near."""
+    images = {"given": given, "given_mask": given_mask}
+    want, outputs = want or expected(weights, n, shape, levels, u, groups=groups, **images, **options)
+    images["uniforms"] = None if options.get("temperature") == 0 else u
+    images = {name: None if t is None else t.to(device.torch) for name, t in images.items()}
+    got, logits = SAMPLE(on(device, weights), n, shape, levels=levels, groups=groups, return_logits=True, **images,
+                         **options)
+    assert got.dtype is torch.int64 and logits.dtype is torch.float32
+    assert torch.equal(got.cpu(), want)
+    cases.close(logits, outputs, rtol=2e-5, atol=2e-5)
+    return got.cpu()
+
+
+def check_isas(weights, n, shape, levels, u, groups=1, **options):
+    want, before = expected(weights, n, shape, levels, u, groups=groups), _C.isa()
+    try:
+        for isa in _C.isas():
+            _C.set_isa(isa)
+            check(cases.Device("cpu"), weights, n, shape, levels, u, groups=groups, want=want, **options)
+    finally:
+        _C.set_isa(before)
+
+
+def same(weights, n, shape, levels, u, want, **options):
+    got = SAMPLE(weights, n, shape, levels=levels, uniforms=u, return_logits=True, **options)
+    return all(torch.equal(g, w) for g, w in zip(got, want, strict=True))

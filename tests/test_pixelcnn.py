@@ -10,40 +10,9 @@ from scipy import stats
 
 import cases
 from gmkernels import _C, _call, ops, reference
-from pixelcnn_cases import margin, network, on, oracle, uniforms
+from pixelcnn_cases import SAMPLE, check, check_isas, network, on, oracle, same, uniforms
 
-SAMPLE = ops.pixelcnn_sample
 TINY = {"features": 4, "hidden": 5, "layers": 2}  # the emulator's share
-
-
-def expected(weights, n, shape, levels, u, temperature=1.0, **options):
-    want, outputs = oracle(weights, n, shape, levels, uniforms=u, temperature=temperature, **options)
-    assert temperature == 0 or margin(outputs, u, levels, temperature) > 1e-5
-    return want, outputs
-
-
-def check(device, weights, n, shape, levels, u, want=None, given=None, given_mask=None, groups=1, **options):
-    """Pixels equal the oracle's, outputs are near."""
-    images = {"given": given, "given_mask": given_mask}
-    want, outputs = want or expected(weights, n, shape, levels, u, groups=groups, **images, **options)
-    images["uniforms"] = None if options.get("temperature") == 0 else u
-    images = {name: None if t is None else t.to(device.torch) for name, t in images.items()}
-    got, logits = SAMPLE(on(device, weights), n, shape, levels=levels, groups=groups, return_logits=True, **images,
-                         **options)
-    assert got.dtype is torch.int64 and logits.dtype is torch.float32
-    assert torch.equal(got.cpu(), want)
-    cases.close(logits, outputs, rtol=2e-5, atol=2e-5)
-    return got.cpu()
-
-
-def check_isas(weights, n, shape, levels, u, groups=1, **options):
-    want, before = expected(weights, n, shape, levels, u, groups=groups), _C.isa()
-    try:
-        for isa in _C.isas():
-            _C.set_isa(isa)
-            check(cases.Device("cpu"), weights, n, shape, levels, u, groups=groups, want=want, **options)
-    finally:
-        _C.set_isa(before)
 
 
 # the reference is the network ----------------------------------------------------------------------------------------
@@ -214,11 +183,6 @@ def test_forbidden_levels_are_never_drawn(device):
 # the same bits -------------------------------------------------------------------------------------------------------
 
 
-def same(weights, n, shape, levels, u, want, **options):
-    got = SAMPLE(weights, n, shape, levels=levels, uniforms=u, return_logits=True, **options)
-    return all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
-
-
 def test_an_image_depends_on_no_other_one_and_on_no_thread(isa):
     n, shape, levels = 59, (1, 4, 5), 16
     weights, u = network(features=20, layers=3, hidden=24, outputs=16, rows=n), uniforms(n, *shape)
@@ -233,22 +197,6 @@ def test_an_image_depends_on_no_other_one_and_on_no_thread(isa):
             some = replace(weights, bias_vertical=weights.bias_vertical[:, first:end],
                            bias_horizontal=weights.bias_horizontal[:, first:end])
             assert same(some, end - first, shape, levels, u[first:end], [t[first:end] for t in want])
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_threads_share_the_rows_of_an_image(isa):
-    shape, levels = (1, 6, 40), 16
-    weights, u = network(features=20, layers=3, hidden=24, outputs=16), uniforms(3, *shape)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        want = SAMPLE(weights, 3, shape, levels=levels, uniforms=u, return_logits=True)
-        for threads in (2, 3, 5, 8, 16):
-            torch.set_num_threads(threads)
-            for n in (1, 2, 3):
-                assert same(weights, n, shape, levels, u[:n], [t[:n] for t in want])
-                assert same(weights, n, shape, levels, u[:n], [t[:n] for t in want], callback=lambda *_: None)
     finally:
         torch.set_num_threads(before)
 

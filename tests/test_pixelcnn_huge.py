@@ -17,7 +17,7 @@ def test_outputs_simt():
     levels = 512
     n = 2**31 // levels + 2**17
     weights = network(features=1, layers=1, k0=1, hidden=1, outputs=levels)
-    panel = _C.pixelcnn_panel(True)
+    panel = _C.pixelcnn_panel(True, 1, 1)
     sizes = (n, 1, 1, 1, levels, 1, 1, 1, levels, 1, 1, 1, *panel)
     numbers = _C.pixelcnn_memory(sizes, True)
     drawn, bad = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64)

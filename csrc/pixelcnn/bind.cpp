@@ -14,7 +14,7 @@ GMK_ISA_TABLES(PixelCnnKernels, pixelcnn_kernels)
 
 using Ints = std::vector<std::int64_t>;
 
-// size = (n, c, h, w, levels, C, L + 1, E, outputs, groups, k0, k, lanes, words)
+// size = (n, c, h, w, levels, C, L + 1, E, outputs, groups, k0, k, lanes, words, points)
 static PixelCnnSizes sizes_of(const Ints& size) {
   PixelCnnSizes s{};
   s.n = size.at(0);
@@ -31,8 +31,10 @@ static PixelCnnSizes sizes_of(const Ints& size) {
   s.kernel = int(size.at(11));
   s.lanes = int(size.at(12));
   s.words = int(size.at(13));
+  s.points = int(size.at(14));
   const bool kernels = s.kernel0 % 2 == 1 && s.kernel % 2 == 1 && s.kernel0 <= kMaxKernel && s.kernel <= kMaxKernel;
-  if (!kernels || s.groups < 1 || s.groups > kMaxGroups || s.layers < 1 || s.lanes < 1)
+  if (!kernels || s.groups < 1 || s.groups > kMaxGroups || s.layers < 1 || s.lanes < 1 ||
+      (s.points && (s.points != kPairPoints || s.kernel != 3)))
     throw std::invalid_argument("sizes that no kernel takes");
   return s;
 }
@@ -76,10 +78,11 @@ static PixelCnn pixelcnn_sample(Address levels, Address logits, Address bad, Add
 void bind_pixelcnn(py::module_& m) {
   bind_op(m, "pixelcnn_sample", pixelcnn_sample, GMK_CPU(pixelcnn_kernels().sample), GMK_CUDA(pixelcnn_sample_cuda));
 #ifndef GMK_SIMT
-  // (lanes, words) of a panel; and how many floats the packed weights and the workspace have.
-  m.def("pixelcnn_panel", [](bool cuda) {
+  // (lanes, words, points) as the weights are packed; and how many floats those and the workspace have.
+  m.def("pixelcnn_panel", [](bool cuda, int kernel, std::int64_t w) {
     const PixelCnnKernels& kernels = pixelcnn_kernels();
-    return py::make_tuple(cuda ? kPixelCnnCudaLanes : kernels.lanes, cuda ? 1 : kernels.words);
+    const int points = !cuda && kernel == 3 && w >= 8 ? kPairPoints : 0;
+    return py::make_tuple(cuda ? kPixelCnnCudaLanes : kernels.lanes, cuda ? 1 : kernels.words, points);
   });
   m.def("pixelcnn_memory", [](const Ints& size, bool cuda) {
     const PixelCnnSizes s = sizes_of(size);

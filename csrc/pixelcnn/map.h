@@ -42,6 +42,7 @@ struct Map {
   bool gate, relu;
 };
 
+// z [pixel][word] = add, or 0 where that is nullptr, + the map of the pixels.
 using Tile = void (*)(const float* const* in, const Run* run, int runs, const float* w, const float* const* add,
                       const int64_t* word, float* z);
 
@@ -50,7 +51,7 @@ void tile(const float* const* in, const Run* run, int runs, const float* w, cons
           const int64_t* word, float* z) {
   vfloat acc[pixels][words];
   for (int p = 0; p < pixels; ++p)
-    for (int j = 0; j < words; ++j) acc[p][j] = load(add[p] + word[j]);
+    for (int j = 0; j < words; ++j) acc[p][j] = add ? load(add[p] + word[j]) : vfloat{};
   for (int r = 0; r < runs; ++r) {
     const float* q[pixels];
     for (int p = 0; p < pixels; ++p) q[p] = in[p] + run[r].offset;
@@ -89,15 +90,36 @@ GMK_INLINE vfloat gated(vfloat x, vfloat s) {
   return numerator / (denominator * (splat(1.0f) + vexp(-s)));
 }
 
-void finish(const Map& m, const float* z, int pixels, int words, const float* const* residual, float* const* out,
-            int64_t first) {
-  const int vectors = m.gate ? 2 * words : words;
+struct Panel {
+  int64_t first;         // word of outputs
+  int words, vectors;    // of outputs; of sums, twice as many with a gate
+  int64_t word[kWords];  // where each sum's word lies in `add`
+  const float* weights;
+};
+template <class F>
+GMK_INLINE void for_panels(const Map& m, F f) {
+  const int halves = m.gate ? 2 : 1;
+  const int64_t all = ceil_div(m.outputs, kLanes);
+  Panel panel;
+  for (panel.first = 0; panel.first < all; panel.first += kWords / halves) {
+    panel.words = int(least(kWords / halves, all - panel.first));
+    panel.vectors = panel.words * halves;
+    panel.weights = m.weights + panel.first * halves * m.k * kLanes;
+    for (int j = 0; j < panel.vectors; ++j)
+      panel.word[j] = j < panel.words ? (panel.first + j) * kLanes : m.half + (panel.first + j - panel.words) * kLanes;
+    f(panel);
+  }
+}
+
+// What follows the sums z [pixel][word] of a panel.
+void finish(const Map& m, const Panel& panel, const float* z, int pixels, const float* const* residual,
+            float* const* out) {
   for (int p = 0; p < pixels; ++p)
-    for (int j = 0; j < words; ++j) {
-      const float* const sum = z + (p * vectors + j) * kLanes;
-      const int64_t at = first + j * kLanes;
+    for (int j = 0; j < panel.words; ++j) {
+      const float* const sum = z + (p * panel.vectors + j) * kLanes;
+      const int64_t at = (panel.first + j) * kLanes;
       vfloat y = load(sum);
-      if (m.gate) y = gated(y, load(sum + words * kLanes));
+      if (m.gate) y = gated(y, load(sum + panel.words * kLanes));
       if (m.residual.base) y = y + load(residual[p] + at);
       if (m.relu) y = vmax(vfloat{}, y);  // NaN stays
       put(out[p] + at, y, m.outputs - at);
@@ -106,15 +128,9 @@ void finish(const Map& m, const float* z, int pixels, int words, const float* co
 
 // The map of the pixels of all images in columns [from, to).
 void apply(const Map& m, int64_t images, int64_t from, int64_t to) {
-  const int halves = m.gate ? 2 : 1;
-  const int64_t pixels = images * (to - from), tiles = ceil_div(pixels, kTile), all = ceil_div(m.outputs, kLanes);
+  const int64_t pixels = images * (to - from), tiles = ceil_div(pixels, kTile);
   alignas(64) float z[kTile * kWords * kLanes];
-  for (int64_t first = 0; first < all; first += kWords / halves) {
-    const int words = int(least(kWords / halves, all - first)), vectors = words * halves;
-    const float* const weights = m.weights + first * halves * m.k * kLanes;
-    int64_t word[kWords];
-    for (int j = 0; j < vectors; ++j)
-      word[j] = j < words ? (first + j) * kLanes : m.half + (first + j - words) * kLanes;
+  for_panels(m, [&](const Panel& panel) {
     int64_t done = 0, b = 0, x = from;
     for (int64_t t = 1; t <= tiles; ++t) {  // of nearly the same size
       const int count = int(pixels * t / tiles - done);
@@ -127,11 +143,11 @@ void apply(const Map& m, int64_t images, int64_t from, int64_t to) {
         out[p] = m.out.at(b, x);
         if (++x == to) x = from, ++b;
       }
-      kTiles[count - 1][vectors - 1](in, m.run, m.runs, weights, add, word, z);
-      finish(m, z, count, words, residual, out, first * kLanes);
+      kTiles[count - 1][panel.vectors - 1](in, m.run, m.runs, panel.weights, add, panel.word, z);
+      finish(m, panel, z, count, residual, out);
       done += count;
     }
-  }
+  });
 }
 
 }  // namespace

@@ -12,7 +12,8 @@
 //
 // Every sum is a linear map of runs: stretches of memory, adjacent taps times channels. Its weights are packed
 // (ops/pixelcnn.py) as panels of `words` SIMD words of outputs, [panel][k][word][lane], outputs padded with zeros; with a gate a
-// panel is `words` / 2 words of tanh outputs and then the sigmoid outputs that belong to them.
+// panel is `words` / 2 words of tanh outputs and then the sigmoid outputs that belong to them. With `points`, the vertical weights of
+// layers l > 0 are so many maps of k = (row, channel), one for each point.
 #pragma once
 #include "core/error.h"
 #include "likelihood/likelihood.h"
@@ -22,6 +23,7 @@ namespace gmk {
 constexpr int kMaxGroups = 16;  // data channels, at most
 constexpr int kMaxKernel = 63;
 constexpr int kMaxRuns = kMaxKernel / 2 + 1;
+constexpr int kPairPoints = 4;  // products for two pixels, of which each has three taps in a row
 
 enum PixelCnnHead : int { kCategorical = 0, kMixtureOfLogistics = 1 };
 
@@ -33,6 +35,7 @@ struct PixelCnnSizes {
   int groups;                        // 1, or `channels`
   int kernel0, kernel;               // odd: of layer 0, of the others
   int lanes, words;                  // of a panel, as the weights are packed
+  int points;                        // of a pair of pixels in the vertical stack (pairs.h), or 0: no pairs
 };
 
 struct PixelCnn {
@@ -105,7 +108,7 @@ GMK_HD int64_t pixelcnn_first(const PixelCnnSizes& s, int g, int64_t channels) {
     q.output_end = pixelcnn_first(s, g + 1, s.outputs);
   }
   for (int l = 0; l < 2; ++l) {
-    int64_t at = pixelcnn_packed(s, l ? (r + 1) * s.kernel * C : r0 * s.kernel0 * c, C, 2);
+    int64_t at = pixelcnn_packed(s, l ? (r + 1) * (s.points ? s.points : s.kernel) * C : r0 * s.kernel0 * c, C, 2);
     p.link[l] = at;
     at += pixelcnn_packed(s, C, 2 * C, 1);
     for (int g = 0; g < s.groups; ++g) {

@@ -7,7 +7,7 @@
 
 #include "core/scratch.h"
 #include "likelihood/logistic_sample.h"
-#include "pixelcnn/map.h"
+#include "pixelcnn/pairs.h"
 
 namespace gmk {
 namespace GMK_ISA_NS {
@@ -64,6 +64,7 @@ struct Slice {
   float *link, *pixel;    // scratch: [images][plan.link_row], [images][plan.pixel]
   float* weight;          // of levels
   double* sum;            // of levels
+  float* pairs;           // scratch of this thread
 
   float* state() const { return a.workspace + first * plan.state; }
   float* vertical(int64_t l) const {  // v_l: first row of the ring, first column reached
@@ -95,7 +96,8 @@ Field<const float> bias_rows(const float* bias, int64_t l, int64_t rows, int64_t
 // The vertical stack of row y, and what it gives to the horizontal one: the share of one of `parts` threads.
 void Slice::row(int64_t y, int64_t part, int64_t parts) const {
   const PixelCnnSizes& s = a.size;
-  const int64_t from = s.w * part / parts, end = s.w * (part + 1) / parts;
+  const int64_t pairs_of_row = ceil_div(s.w, 2), first_pair = pairs_of_row * part / parts;
+  const int64_t end_pair = pairs_of_row * (part + 1) / parts, from = 2 * first_pair, end = least(s.w, 2 * end_pair);
   const int64_t C = s.features, c = s.channels, r0 = s.kernel0 / 2, r = s.kernel / 2;
   Run run[kMaxRuns];
   for (int64_t l = 0; l < s.layers; ++l) {
@@ -116,7 +118,12 @@ void Slice::row(int64_t y, int64_t part, int64_t parts) const {
     m.half = C;
     if (l) m.residual = {vertical(l - 1) + here, plan.state, C};
     m.out = {vertical(l) + here, plan.state, C};
-    apply(m, images, from, end);
+    if (l && s.points) {
+      m.k = m.runs * C;
+      apply_pairs(m, images, first_pair, end_pair, s.w, pairs);
+    } else {
+      apply(m, images, from, end);
+    }
 
     const Run own{0, C};
     Map to{};
@@ -278,21 +285,24 @@ Status sample(const PixelCnn& a, int threads) {
   const int64_t teams = least(threads, s.n), shares = least(threads / teams, ceil_div(s.w, 2 * kTile));
   const int64_t slice = least(kSlice, ceil_div(s.n, teams)), levels = ceil_div(s.levels, 16) * 16;
   const int64_t own = slice * (plan.link_row + plan.pixel) + 3 * levels;
-  const Scratch<float> scratch(teams * own);
-  if (!scratch.ok()) return kOutOfMemory;
+  const int64_t pairs = s.points ? pairs_scratch(ceil_div(s.w, 2), plan.rows * s.features) : 0;
   threads = int(teams * shares);
+  const Scratch<float> scratch(teams * own + threads * pairs);
+  if (!scratch.ok()) return kOutOfMemory;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     // Fewer threads than asked for: as many teams of one.
     const int64_t all = omp_get_num_threads(), parts = all < threads ? 1 : shares, count = least(teams, all);
     const int64_t me = omp_get_thread_num() / parts, part = omp_get_thread_num() % parts;
     float* const mine = scratch.get() + me * own;
+    float* const alone = scratch.get() + teams * own + omp_get_thread_num() * pairs;
     for (int64_t first = s.n * me / count, end = s.n * (me + 1) / count; first < end; first += slice) {
       float* const link = mine + 3 * levels;
       const Slice here{a,     plan,
                        first, least(slice, end - first),
                        link,  link + slice * plan.link_row,
-                       mine,  reinterpret_cast<double*>(mine + levels)};
+                       mine,  reinterpret_cast<double*>(mine + levels),
+                       alone};
       if (part == 0) memset(here.pixel, 0, size_t(here.images * plan.pixel) * sizeof(float));
       for (int64_t y = a.y0; y < a.y1; ++y) {
         if (parts > 1) {

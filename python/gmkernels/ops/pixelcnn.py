@@ -169,14 +169,20 @@ def _rows(w, features, first, end):
     return w if end - first == features else torch.cat((w[:, first:end], w[:, features + first : features + end]), 1)
 
 
-# A linear map of several layers: (halves, outputs, pieces [layers, halves * outputs, inputs, taps], one behind the other along
-# k = (tap, input)). Layers of one shape are packed together: a copy each, not one for each layer.
+# A linear map of several layers: (halves, outputs, pieces [layers, halves * outputs, inputs, taps], one behind the
+# other along k = (tap, input)). Layers of one shape are packed together: a copy each, not one for each layer.
 
 
-def _layer_maps(vertical, horizontal, link, out, groups, own_row):
+def _layer_maps(vertical, horizontal, link, out, groups, own_row, points):
     """Of layers [layers, ...]; layer 0 sees neither the own row nor, but for the groups before, the own pixel."""
     features, half = out.shape[1], vertical.shape[-1] // 2
-    yield 2, features, [vertical[..., : half + own_row, :].flatten(3)]
+    if own_row and points:  # pairs.h
+        left, middle, right = vertical[..., : half + 1, :].float().unbind(-1)
+        ends = left + right
+        for weights in (left, (ends + middle) / 2, (ends - middle) / 2, right):
+            yield 2, features, [weights]
+    else:
+        yield 2, features, [vertical[..., : half + own_row, :].flatten(3)]
     yield 1, 2 * features, [link[..., None]]
     for g, (first, end) in enumerate(_groups(features, groups)):
         w = _rows(horizontal[:, :, :, 0], features, first, end)
@@ -193,7 +199,7 @@ def _head_maps(head1, head2, features, groups):
 
 
 def _pack(buffer, maps, lanes, words):
-    """Maps in the kernel's order, [panel][k][word][lane] (pixelcnn.h), one after the other. Returns what is left of buffer."""
+    """Maps in the kernel's order, [panel][k][word][lane] (pixelcnn.h), one after the other. Returns the rest of buffer."""
     sizes = [halves * -(-outputs // lanes) * lanes * sum(p.shape[2] * p.shape[3] for p in pieces)
              for halves, outputs, pieces in maps]
     layers, size, at = maps[0][2][0].shape[0], sum(sizes), 0
@@ -217,16 +223,16 @@ def _pack(buffer, maps, lanes, words):
     return buffer[layers * size :]
 
 
-def _packed(weights, groups, count, panel):
+def _packed(weights, groups, count, lanes, words, points):
     buffer = rest = torch.zeros(count, dtype=torch.float32, device=weights.out[0].device)
     layers, features = len(weights.out), weights.out[0].shape[0]
     for first, end in ((0, 1), (1, layers)):
         if first < end:
             of = (weights.vertical, weights.horizontal, weights.link, weights.out)
             stacked = (torch.stack([w.detach() for w in each[first:end]]) for each in of)
-            rest = _pack(rest, list(_layer_maps(*stacked, groups, first)), *panel)
+            rest = _pack(rest, list(_layer_maps(*stacked, groups, first, points)), lanes, words)
     heads = (weights.head1.detach()[None], weights.head2.detach()[None])
-    _pack(rest, list(_head_maps(*heads, features, groups)), *panel)
+    _pack(rest, list(_head_maps(*heads, features, groups)), lanes, words)
     return buffer
 
 
@@ -244,7 +250,7 @@ def _run(weights, sizes, outputs_wanted, random, given, head, callback):
     n, c, h, w, levels, features, layers, hidden, outputs, groups, *_ = sizes
     device = weights.out[0].device
     cuda = device.type == "cuda" or Kernel.backend is not None
-    panel = _C.pixelcnn_panel(cuda)
+    panel = _C.pixelcnn_panel(cuda, sizes[-1], w)
     sizes = (*sizes, *panel)
     numbers = _C.pixelcnn_memory(sizes, cuda)
     drawn = torch.empty((n, c, h, w), dtype=torch.int64, device=device)
@@ -252,7 +258,7 @@ def _run(weights, sizes, outputs_wanted, random, given, head, callback):
     bad = torch.zeros(n, dtype=torch.int64, device=device)
     workspace = torch.zeros(numbers[1], device=device)
     values = _ref.image_values(levels, torch.float32, device)
-    packed, biases = _packed(weights, groups, numbers[0], panel), _biases(weights)
+    packed, biases = _packed(weights, groups, numbers[0], *panel), _biases(weights)
     uniforms, seeds, seed, temperature = random
     kind, mixtures = head[1:]
     seed_rows = 1 if seeds is None or not seeds.dim() else n
