@@ -199,7 +199,7 @@ def _head_maps(head1, head2, features, groups):
 
 
 def _pack(buffer, maps, lanes, words):
-    """Maps in the kernel's order, [panel][k][word][lane] (pixelcnn.h), one after the other. Returns the rest of buffer."""
+    """Maps in the kernel's order, [panel][k][word][lane] (pixelcnn.h), one after the other. Returns the rest."""
     sizes = [halves * -(-outputs // lanes) * lanes * sum(p.shape[2] * p.shape[3] for p in pieces)
              for halves, outputs, pieces in maps]
     layers, size, at = maps[0][2][0].shape[0], sum(sizes), 0
