@@ -130,9 +130,7 @@ GMK_INLINE V select(I condition, V x, V y) {
 #if defined(__AVX512F__)
 GMK_INLINE mfloat less(vfloat a, vfloat b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ); }
 GMK_INLINE mdouble less(vdouble a, vdouble b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LT_OQ); }
-GMK_INLINE vfloat where(mfloat c, vfloat x, vfloat y) {
-  return (vfloat)_mm512_mask_blend_ps(c, (__m512)y, (__m512)x);
-}
+GMK_INLINE vfloat where(mfloat c, vfloat x, vfloat y) { return (vfloat)_mm512_mask_blend_ps(c, (__m512)y, (__m512)x); }
 GMK_INLINE vdouble where(mdouble c, vdouble x, vdouble y) {
   return (vdouble)_mm512_mask_blend_pd(c, (__m512d)y, (__m512d)x);
 }

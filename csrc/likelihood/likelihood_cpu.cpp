@@ -35,7 +35,8 @@ struct Word {
   GMK_HD_MEMBER static V exp_nonpositive(V x) { return vexp_nonpositive(x); }
   GMK_HD_MEMBER static V log(V x) { return vlog(x); }
   template <int C>
-  GMK_HD_MEMBER static V log_product(const V (&x)[C]) {  // of normal numbers; one logarithm, and no product can underflow
+  GMK_HD_MEMBER static V log_product(
+      const V (&x)[C]) {  // of normal numbers; one logarithm, and no product can underflow
     typename simd<T>::i e, exponent{};
     V product = x[C - 1];
     for (int c = 0; c < C - 1; ++c) {

@@ -29,7 +29,8 @@ GMK_HD double logistic_edge(double levels) { return 0.255 / (levels - 1); }
 
 template <class Ops>
 struct LogisticChannel {
-  typename Ops::V inside, outside, by_mean, by_scale;  // log P = log(inside) + outside; by_scale: by what `params` holds
+  typename Ops::V inside, outside, by_mean,
+      by_scale;  // log P = log(inside) + outside; by_scale: by what `params` holds
 };
 
 // Reflecting x and mean makes every inner bin one below its mean, and the highest bin the lowest: then with z = i (x - mean)
