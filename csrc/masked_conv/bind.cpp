@@ -37,7 +37,7 @@ static Taps taps_of(const Ints& index, const Ints& kernel, bool negated) {
 static MaskedConv masked_conv2d(Address out, Address z, Address workspace, Address x, Address weight, Address bias,
                                 Address cond, Address residual, Address grad, const Ints& size, const Ints& taps,
                                 const Ints& kernel, bool transposed, const Ints& nhwc, int gate, bool identity,
-                                bool cond_map, int dtype, std::int64_t workspace_size) {
+                                bool cond_map, int dtype, std::int64_t workspace_size, bool packed) {
   MaskedConv a{};
   a.b = size.at(0);
   a.c_in = size.at(1);
@@ -53,6 +53,7 @@ static MaskedConv masked_conv2d(Address out, Address z, Address workspace, Addre
   a.z = optional_pointer(z);
   a.workspace = pointer(workspace, workspace_size, "workspace");
   a.workspace_size = workspace_size;
+  a.packed = packed;
   a.x = pointer(x, pixels * a.c_in, "x");
   a.weight = pointer(weight, a.c_in * a.c_out * area, "weight");
   a.bias = optional_pointer(bias);
@@ -106,10 +107,28 @@ static GateGradient gate_backward(Address out, Address grad, Address z, std::int
   return a;
 }
 
+// Bytes of the packed weight of such a call on the CPU.
+static std::int64_t packed_size(const Ints& size, const Ints& taps, const Ints& kernel, bool transposed, int gate,
+                                int dtype, int threads) {
+  MaskedConv a{};
+  a.b = size.at(0);
+  a.c_in = size.at(1);
+  a.c_out = size.at(2);
+  a.h = size.at(3);
+  a.w = size.at(4);
+  a.taps = taps_of(taps, kernel, transposed);
+  a.gate = gate;
+  a.dtype = dtype;
+  return masked_conv_kernels().packed_size(a, threads);
+}
+
 void bind_masked_conv(py::module_& m) {
   bind_op(m, "masked_conv2d", masked_conv2d, GMK_CPU(masked_conv_kernels().forward), GMK_CUDA(masked_conv2d_cuda));
   bind_op(m, "masked_conv2d_backward_weight", masked_conv2d_backward_weight,
           GMK_CPU(masked_conv_weight_kernels().backward_weight), GMK_CUDA(masked_conv2d_backward_weight_cuda));
+#ifndef GMK_SIMT
+  m.def("masked_conv2d_packed_size", packed_size);
+#endif
   bind_op(m, "gate_backward", gate_backward, GMK_CPU(gate_kernels().backward), GMK_CUDA(gate_backward_cuda));
 }
 

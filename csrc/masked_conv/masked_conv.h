@@ -31,7 +31,7 @@ GMK_HD int64_t tap_dx(const Taps& t, int i) { return int64_t(t.sign) * (t.index[
 struct MaskedConv {
   void* out;
   void* z;               // kGate: also out, what enters the gate, c_out channels in the format of out; or nullptr
-  void* workspace;       // CUDA: weight in the order of its tiles (ops/masked_conv.py says how large); else nullptr
+  void* workspace;       // weight in the kernel's order. CUDA: as large as ops/masked_conv.py says; CPU: `packed_size`, or nullptr
   const void* x;         // c_in channels
   const void* weight;    // element (o, i, t) at o * weight_out + i * weight_in + t
   const void* bias;      // [c_out], or nullptr
@@ -46,6 +46,7 @@ struct MaskedConv {
   int gate;       // ConvGate
   int dtype;      // of every tensor; sums of the half types are float32
   int64_t workspace_size;
+  bool packed;  // CPU: workspace holds weight and bias of an earlier call like this one
   Taps taps;
 };
 
@@ -64,6 +65,7 @@ struct MaskedConvWeight {
 
 struct MaskedConvKernels {
   Status (*forward)(const MaskedConv&, int threads);
+  int64_t (*packed_size)(const MaskedConv&, int threads);  // bytes; needs sizes, taps, gate and dtype, no tensor
 };
 struct MaskedConvWeightKernels {
   Status (*backward_weight)(const MaskedConvWeight&, int threads);

@@ -201,8 +201,9 @@ void one_panel(const MaskedConv& a, const Bands& s, const Winograd* f, const Ban
 }
 
 // T: of sums; S: of tensors; X: of factors, T or, where products are of pairs, S.
+// With `packed_size`: only how many bytes the packed weight has.
 template <class T, class S, class X = T>
-Status run(const MaskedConv& a, int threads) {
+Status run(const MaskedConv& a, int threads, int64_t* packed_size) {
   const int64_t k = a.taps.count * a.c_in, all = a.b * a.h * a.w, area = int64_t(a.taps.kh) * a.taps.kw;
   threads = team(all * (k + 8) / 64 * ceil_div(a.c_out, 16) * 16, threads);
   Bands s;
@@ -226,20 +227,30 @@ Status run(const MaskedConv& a, int threads) {
   // A thread's own: a band of x (before that, weights tap by tap where the sums take them otherwise), and panels.
   slots = (most(slots, kSame<T, X> && !f ? 0 : k * kWidth<T>) + 31) / 32 * 32;
   const int64_t own = tensors * ((s.pixels() * kWidth<T> + 31) / 32 * 32);
-  const Scratch<X> weights(count * panel_size), scratch(threads * slots), buffers(threads * own);
-  const Scratch<T> bias(count * kWidth<T>);
+  const int64_t bias_at = (count * panel_size * int64_t(sizeof(X)) + 63) / 64 * 64;
+  const int64_t packed = bias_at + count * kWidth<T> * int64_t(sizeof(T));
+  if (packed_size) {
+    *packed_size = packed;
+    return kOk;
+  }
+  if (a.workspace && a.workspace_size < packed) return "the workspace is too small";
+  const Scratch<X> scratch(threads * slots), buffers(threads * own);
+  const Scratch<char> unkept(a.workspace ? 0 : packed);
   const Scratch<int16_t> place(area);
-  if (!weights.ok() || !bias.ok() || !scratch.ok() || !buffers.ok() || !place.ok()) return kOutOfMemory;
+  if (!unkept.ok() || !scratch.ok() || !buffers.ok() || !place.ok()) return kOutOfMemory;
+  char* const kept = a.workspace ? static_cast<char*>(a.workspace) : unkept.get();
+  X* const weights = reinterpret_cast<X*>(kept);
+  T* const bias = reinterpret_cast<T*>(kept + bias_at);
   for (int64_t t = 0; t < area; ++t) place.get()[t] = -1;
   for (int t = 0; t < a.taps.count; ++t) place.get()[a.taps.index[t]] = int16_t(t);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     X* const mine = scratch.get() + omp_get_thread_num() * slots;
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = a.packed ? count : 0; i < count; ++i) {
       const Panel panel = panel_of<T>(a, i);
-      X* const to = weights.get() + i * panel_size;
-      pack_weights<T, S>(a, panel, place.get(), kSame<T, X> && !f ? to : mine, bias.get() + i * kWidth<T>);
+      X* const to = weights + i * panel_size;
+      pack_weights<T, S>(a, panel, place.get(), kSame<T, X> && !f ? to : mine, bias + i * kWidth<T>);
       if constexpr (kSame<X, float>)
         if (f) combine_weights(*f, mine, panel.vectors * kLanes, to);
 #ifdef GMK_PAIRS
@@ -258,35 +269,41 @@ Status run(const MaskedConv& a, int threads) {
         }
       if (!f) pack_band(s, band, static_cast<const S*>(a.x), a.x_nhwc, mine);
       for (int64_t i = 0; i < count; ++i)
-        one_panel<T, S>(a, s, f, band, panel_of<T>(a, i), factors, weights.get() + i * panel_size,
-                        bias.get() + i * kWidth<T>, buffers.get() + omp_get_thread_num() * own);
+        one_panel<T, S>(a, s, f, band, panel_of<T>(a, i), factors, weights + i * panel_size,
+                        bias + i * kWidth<T>, buffers.get() + omp_get_thread_num() * own);
     }
   }
   return kOk;
 }
 
-Status forward(const MaskedConv& a, int threads) {
+Status of_dtype(const MaskedConv& a, int threads, int64_t* packed_size) {
   if (a.b <= 0 || a.h <= 0 || a.w <= 0 || a.c_out <= 0) return kOk;
   switch (a.dtype) {
     case kFloat32:
-      return run<float, float>(a, threads);
+      return run<float, float>(a, threads, packed_size);
     case kFloat64:
-      return run<double, double>(a, threads);
+      return run<double, double>(a, threads, packed_size);
     case kBFloat16:
 #ifdef GMK_PAIRS
-      if (has_pairs()) return run<float, bf16, bf16>(a, threads);
+      if (has_pairs()) return run<float, bf16, bf16>(a, threads, packed_size);
 #endif
-      return run<float, bf16>(a, threads);
+      return run<float, bf16>(a, threads, packed_size);
     case kFloat16:
-      return run<float, f16>(a, threads);
+      return run<float, f16>(a, threads, packed_size);
   }
   return "unknown dtype";
+}
+
+Status forward(const MaskedConv& a, int threads) { return of_dtype(a, threads, nullptr); }
+int64_t packed_size(const MaskedConv& a, int threads) {
+  int64_t size = 0;
+  return of_dtype(a, threads, &size) ? 0 : size;
 }
 
 }  // namespace
 
 extern const MaskedConvKernels masked_conv_kernels;
-const MaskedConvKernels masked_conv_kernels = {forward};
+const MaskedConvKernels masked_conv_kernels = {forward, packed_size};
 
 }  // namespace GMK_ISA_NS
 }  // namespace gmk

@@ -5,7 +5,7 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
-from .. import reference
+from .. import _C, reference
 from .._call import (
     DTYPE_CODE,
     HALVES,
@@ -18,7 +18,9 @@ from .._call import (
     check_same_dtype,
     check_tensor,
     is_compiling,
+    threads,
 )
+from .._packed import keeping, packed
 from .masked_conv_masks import check_mask, live_taps, ordered_weight
 
 _forward = Kernel("masked_conv2d", scratch=1)
@@ -111,11 +113,24 @@ def _convolve(out, x, weight, bias, taps, dilation, gate=None, *, z=None, cond=N
     taps = _reaching(taps, *weight.shape[2:], dilation, h, w)
     nhwc = [t is not None and t.dim() == 4 and _nhwc(t) for t in (out, x, grad, cond, residual)]
     kind = _PLAIN if gate is None else _GATE if grad is None else _GATE_GRADIENT
-    size = _packed_size(c_in, c_out, taps, kind, x.dtype) if _on_cuda(x) else 0
-    workspace = x.new_empty(size) if size else None
-    _forward((out, z, workspace), (x, weight, bias, cond, residual, grad), [b, c_in, c_out, h, w], taps,
-             [*weight.shape[2:], *dilation], transposed, nhwc, kind, gate == "identity_sigmoid",
-             cond is not None and cond.dim() == 4, DTYPE_CODE[x.dtype], size)
+    sizes, kernel = [b, c_in, c_out, h, w], [*weight.shape[2:], *dilation]
+    kept, workspace, size, dtype = None, None, 0, DTYPE_CODE[x.dtype]
+    if _on_cuda(x):
+        size = _packed_size(c_in, c_out, taps, kind, x.dtype)
+        workspace = x.new_empty(size) if size else None
+    elif keeping():
+        of = (sizes, taps, kernel, transposed, kind, dtype, threads())
+        kept = packed(("masked_conv2d", _C.isa(), repr(of)), (weight, bias))
+        if kept is not None:
+            size = _C.masked_conv2d_packed_size(*of)
+            if kept.buffer is None:
+                kept.buffer = torch.empty(size, dtype=torch.uint8)
+            workspace = kept.buffer
+    _forward((out, z, workspace), (x, weight, bias, cond, residual, grad), sizes, taps, kernel, transposed, nhwc, kind,
+             gate == "identity_sigmoid", cond is not None and cond.dim() == 4, dtype, size,
+             kept is not None and kept.filled)
+    if kept is not None:
+        kept.filled = True
 
 
 def _outputs(x, weight, bias, cond, residual, taps, dilation, gate, keep, out=None):

@@ -8,6 +8,7 @@ import torch
 
 from .. import _C
 from .._call import Kernel, check_int, has_kernel, split_seed, warn_of_fallback
+from .._packed import packed
 from ..reference import pixelcnn as _ref
 from ..reference.likelihood import KINDS
 from .likelihood import check_parametrization, check_temperature
@@ -258,7 +259,12 @@ def _run(weights, sizes, outputs_wanted, random, given, head, callback):
     bad = torch.zeros(n, dtype=torch.int64, device=device)
     workspace = torch.zeros(numbers[1], device=device)
     values = _ref.image_values(levels, torch.float32, device)
-    packed, biases = _packed(weights, groups, numbers[0], *panel), _biases(weights)
+    maps = *weights.vertical, *weights.horizontal, *weights.link, *weights.out, weights.head1, weights.head2
+    kept = packed(("pixelcnn_sample", sizes[1:], device), maps)
+    weight = _packed(weights, groups, numbers[0], *panel) if kept is None or kept.buffer is None else kept.buffer
+    if kept is not None:
+        kept.buffer = weight
+    biases = _biases(weights)
     uniforms, seeds, seed, temperature = random
     kind, mixtures = head[1:]
     seed_rows = 1 if seeds is None or not seeds.dim() else n
@@ -269,7 +275,7 @@ def _run(weights, sizes, outputs_wanted, random, given, head, callback):
         step = min(step, -(-h // 8))
     for y in range(0, h, step):
         _sample((drawn, logits, bad, workspace),
-                (bad, workspace, packed, biases, values, uniforms, *given, seeds),
+                (bad, workspace, weight, biases, values, uniforms, *given, seeds),
                 sizes, (*rows, y, min(h, y + step)), numbers, seed_rows, seed & (2**64 - 1), mixtures, temperature,
                 HEADS.index(head[0]), kind)
         if callback is not None:

@@ -1,0 +1,61 @@
+"""Weights in the order in which a kernel reads them, kept between calls where the caller promises what that needs."""
+
+import contextlib
+import contextvars
+import weakref
+
+_kept = contextvars.ContextVar("gmkernels_kept_weights", default=None)
+
+
+@contextlib.contextmanager
+def keep_packed_weights():
+    """Inside, weights are packed for the kernels once and not at every call: for sampling and other inference.
+
+    Of :func:`gmkernels.ops.masked_conv2d` on the CPU (and the modules made of it) and of
+    :func:`gmkernels.ops.pixelcnn_sample`. A weight is packed again when its version counter says that it was written to,
+    so optimizers, ``copy_``, ``load_state_dict`` and ``ema_update_`` are noticed. What torch does not count is not:
+    **inside, do not write to a weight through** ``.data``, numpy or another process. Outside, every call packs, and all
+    writes count.
+
+    What is kept goes with its weight, and at the end of the block. It belongs to the thread that entered the block;
+    blocks within blocks share what is kept. Inference tensors have no version counter, and are packed at every call.
+
+    >>> model = gmkernels.nn.MaskedConv2d(8, 8, 3).eval()
+    >>> with torch.no_grad(), keep_packed_weights():
+    ...     ys = [model(torch.randn(1, 8, 16, 16)) for _ in range(3)]
+    """
+    if _kept.get() is not None:
+        yield
+        return
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def keeping():
+    return _kept.get() is not None
+
+
+class Packed:
+    """What is kept of some tensors: `buffer`, and whether it is `filled`."""
+
+    def __init__(self, stamp, owners, forget):
+        self.stamp, self.buffer, self.filled = stamp, None, False
+        self.owners = [weakref.ref(t, forget) for t in owners]
+
+
+def packed(key, tensors):
+    """The `Packed` of these tensors (None stands for an absent one), empty where one has changed; outside, None."""
+    kept = _kept.get()
+    if kept is None or any(t is not None and t.is_inference() for t in tensors):
+        return None
+    tensors = [t for t in tensors if t is not None]
+    owners = [t._base if t._is_view() else t for t in tensors]  # a view is a new object each time
+    key = (key, *map(id, owners))
+    stamp = [(t._version, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
+    found = kept.get(key)
+    if found is None or found.stamp != stamp:
+        found = kept[key] = Packed(stamp, owners, lambda _: kept.pop(key, None))
+    return found
