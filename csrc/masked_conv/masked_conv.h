@@ -43,10 +43,10 @@ struct MaskedConv {
   bool x_nhwc, out_nhwc, grad_nhwc, cond_nhwc, residual_nhwc;
   bool cond_map;
   bool identity;  // f
+  bool packed;    // CPU: workspace holds weight and bias of an earlier call like this one
   int gate;       // ConvGate
   int dtype;      // of every tensor; sums of the half types are float32
   int64_t workspace_size;
-  bool packed;  // CPU: workspace holds weight and bias of an earlier call like this one
   Taps taps;
 };
 

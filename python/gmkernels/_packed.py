@@ -12,10 +12,10 @@ def keep_packed_weights():
     """Inside, weights are packed for the kernels once and not at every call: for sampling and other inference.
 
     Of :func:`gmkernels.ops.masked_conv2d` on the CPU (and the modules made of it) and of
-    :func:`gmkernels.ops.pixelcnn_sample`. A weight is packed again when its version counter says that it was written to,
-    so optimizers, ``copy_``, ``load_state_dict`` and ``ema_update_`` are noticed. What torch does not count is not:
-    **inside, do not write to a weight through** ``.data``, numpy or another process. Outside, every call packs, and all
-    writes count.
+    :func:`gmkernels.ops.pixelcnn_sample`. A weight is packed again when its version counter says that it was written
+    to, so optimizers, ``copy_``, ``load_state_dict`` and ``ema_update_`` are noticed. What torch does not count is not:
+    **inside, do not write to a weight through** ``.data``, numpy or another process. Outside, every call packs, and
+    all writes count.
 
     What is kept goes with its weight, and at the end of the block. It belongs to the thread that entered the block;
     blocks within blocks share what is kept. Inference tensors have no version counter, and are packed at every call.
