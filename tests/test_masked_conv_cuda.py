@@ -224,7 +224,7 @@ def test_the_workspace_is_checked(device):
     out, workspace = torch.empty(1, 4, 3, 5, device=x.device), torch.empty(64 * 16, device=x.device)
     with pytest.raises(RuntimeError, match="the workspace is too small"):
         module._forward((out, None, workspace), (x, weight, bias, None, None, None), [1, 3, 4, 3, 5], [0, 1, 2, 3],
-                        [3, 3, 1, 1], False, [False] * 5, 0, False, False, 0, workspace.numel())
+                        [3, 3, 1, 1], False, [False] * 5, 0, False, False, 0, workspace.numel(), False)
 
 
 @pytest.mark.parametrize("schedule", ["descending", "random:1", "preempt:1"])

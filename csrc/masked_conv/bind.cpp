@@ -107,6 +107,7 @@ static GateGradient gate_backward(Address out, Address grad, Address z, std::int
   return a;
 }
 
+#ifndef GMK_SIMT
 // Bytes of the packed weight of such a call on the CPU.
 static std::int64_t packed_size(const Ints& size, const Ints& taps, const Ints& kernel, bool transposed, int gate,
                                 int dtype, int threads) {
@@ -121,6 +122,7 @@ static std::int64_t packed_size(const Ints& size, const Ints& taps, const Ints& 
   a.dtype = dtype;
   return masked_conv_kernels().packed_size(a, threads);
 }
+#endif
 
 void bind_masked_conv(py::module_& m) {
   bind_op(m, "masked_conv2d", masked_conv2d, GMK_CPU(masked_conv_kernels().forward), GMK_CUDA(masked_conv2d_cuda));

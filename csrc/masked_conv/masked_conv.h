@@ -31,7 +31,7 @@ GMK_HD int64_t tap_dx(const Taps& t, int i) { return int64_t(t.sign) * (t.index[
 struct MaskedConv {
   void* out;
   void* z;               // kGate: also out, what enters the gate, c_out channels in the format of out; or nullptr
-  void* workspace;       // weight in the kernel's order. CUDA: as large as ops/masked_conv.py says; CPU: `packed_size`, or nullptr
+  void* workspace;       // packed weight; CUDA: ops/masked_conv.py says how large; CPU: `packed_size`, or nullptr
   const void* x;         // c_in channels
   const void* weight;    // element (o, i, t) at o * weight_out + i * weight_in + t
   const void* bias;      // [c_out], or nullptr

@@ -269,8 +269,8 @@ Status run(const MaskedConv& a, int threads, int64_t* packed_size) {
         }
       if (!f) pack_band(s, band, static_cast<const S*>(a.x), a.x_nhwc, mine);
       for (int64_t i = 0; i < count; ++i)
-        one_panel<T, S>(a, s, f, band, panel_of<T>(a, i), factors, weights + i * panel_size,
-                        bias + i * kWidth<T>, buffers.get() + omp_get_thread_num() * own);
+        one_panel<T, S>(a, s, f, band, panel_of<T>(a, i), factors, weights + i * panel_size, bias + i * kWidth<T>,
+                        buffers.get() + omp_get_thread_num() * own);
     }
   }
   return kOk;
