@@ -58,7 +58,7 @@ def launch(sizes, dtype=FLOAT):
     out, nothing = torch.full((128,), math.nan, dtype=dtype), torch.empty(0, dtype=dtype)
     with backend.running(blocks=[0]):
         module._forward((out, None, None), (nothing, nothing, *[None] * 4), sizes, [], [1, 1, 1, 1], False, [False] * 5,
-                        0, False, False, module.DTYPE_CODE[dtype], 0)
+                        0, False, False, module.DTYPE_CODE[dtype], 0, False)
     return out
 
 
@@ -88,7 +88,7 @@ def test_smallest_workspace_in_the_emulator():
     def run(size):
         with backend.running():
             module._forward((out, None, torch.empty(size)), (x, weight, bias, *[None] * 3), [1, 3, 4, 1, 5], [0, 1],
-                            [1, 3, 1, 1], False, [False] * 5, 0, False, False, 0, size)
+                            [1, 3, 1, 1], False, [False] * 5, 0, False, False, 0, size, False)
 
     with pytest.raises(RuntimeError, match="the workspace is too small"):
         run(size - 1)

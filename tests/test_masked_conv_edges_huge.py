@@ -55,7 +55,8 @@ def test_packed_weights_simt():
     out, workspace = huge.empty((1, channels, 1, 1), BF16), huge.empty((size,), BF16)
     with backend.running(blocks=[-1]):
         module._forward((out, None, workspace), (x, weight, *[None] * 4), [1, 1, channels, 1, 1], [0],
-                        [1, 1, 1, 1], False, [False] * 5, module._PLAIN, False, False, module.DTYPE_CODE[BF16], size)
+                        [1, 1, 1, 1], False, [False] * 5, module._PLAIN, False, False, module.DTYPE_CODE[BF16], size,
+                        False)
         at = backend.written(workspace)
     at = torch.cat([at[:256], at[-256:]])
     assert at[-1] >= 2**31
