@@ -21,13 +21,11 @@ struct Scalar {
   static GMK_DEV T exp_normal(T x) { return ::exp(x); }
   static GMK_DEV T exp_nonpositive(T x) { return ::exp(x); }
   static GMK_DEV T log(T x) { return ::log(x); }
-  template <int C>
-  static GMK_DEV T log_product(const T (&x)[C]) {
-    T sum = ::log(x[0]);
-#pragma unroll
-    for (int c = 1; c < C; ++c) sum += ::log(x[c]);
-    return sum;
-  }
+  struct LogProduct {
+    T sum = 0;
+    GMK_DEV void times(T x) { sum += ::log(x); }
+    GMK_DEV T log() const { return sum; }
+  };
   static GMK_DEV T log1p(T x) { return ::log1p(x); }
   static GMK_DEV void tanh(T x, T* whole, T* part) {
     *whole = 0;

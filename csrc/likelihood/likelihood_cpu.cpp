@@ -34,18 +34,21 @@ struct Word {
   GMK_HD_MEMBER static V exp_normal(V x) { return vexp_normal(x); }
   GMK_HD_MEMBER static V exp_nonpositive(V x) { return vexp_nonpositive(x); }
   GMK_HD_MEMBER static V log(V x) { return vlog(x); }
-  template <int C>
-  GMK_HD_MEMBER static V log_product(
-      const V (&x)[C]) {  // of normal numbers; one logarithm, and no product can underflow
-    typename simd<T>::i e, exponent{};
-    V product = x[C - 1];
-    for (int c = 0; c < C - 1; ++c) {
-      product *= split(x[c], &e);
-      exponent += e;
+  struct LogProduct {  // one logarithm; mantissas are multiplied and exponents added, so that nothing underflows
+    V product = set(1);
+    typename simd<T>::i exponent{};
+    GMK_HD_MEMBER void times(V x) { product = mantissa() * x; }
+    GMK_HD_MEMBER V log() {
+      const V m = mantissa();
+      return log_of(m, exponent);
     }
-    const V m = split(product, &e);
-    return log_of(m, exponent + e);
-  }
+    GMK_HD_MEMBER V mantissa() {
+      typename simd<T>::i e;
+      const V m = split(product, &e);
+      exponent += e;
+      return m;
+    }
+  };
   GMK_HD_MEMBER static void tanh(V x, V* whole, V* part) { tanh_parts(x, whole, part); }
   GMK_HD_MEMBER static V log1p(V x) {  // of 0 .. 1; what the sum rounds off, the quotient puts back
     const V u = x + T(1), d = u - T(1);

@@ -146,7 +146,8 @@ GMK_HD typename Ops::V logistic_pixel(const LogisticShape& shape, double weight,
         }
       }
     }
-    V log_p = tile.param(rows.logit + at) - normaliser, inside[C];
+    V log_p = tile.param(rows.logit + at) - normaliser;
+    typename Ops::LogProduct inside;  // of normal numbers of at most 1
     GMK_UNROLL
     for (int c = 0; c < C; ++c) {
       const int64_t mean = rows.mean + c * rows.mean_step + at, scale = rows.scale + c * rows.mean_step + at;
@@ -162,7 +163,7 @@ GMK_HD typename Ops::V logistic_pixel(const LogisticShape& shape, double weight,
         distance = distance + lost;
       }
       const auto p = logistic_channel<Ops, kind, kGradient>(distance, tile.param(scale), low[c], high[c], half, few);
-      inside[c] = p.inside;
+      inside.times(p.inside);
       log_p = log_p + p.outside;
       if (kGradient) {
         tile.put(mean, p.by_mean);
@@ -171,7 +172,7 @@ GMK_HD typename Ops::V logistic_pixel(const LogisticShape& shape, double weight,
           tile.put(rows.coefficient + j * rows.coefficient_step + at, p.by_mean * x[before] * slope[j]);
       }
     }
-    log_p = log_p + Ops::log_product(inside);
+    log_p = log_p + inside.log();
     tile.put(rows.count + m, log_p);
     best = m ? Ops::max(best, log_p) : log_p;
   }
