@@ -27,10 +27,10 @@ GMK_HD double logistic_offset(const LogisticShape& s) { return -(s.high + s.low)
 // Between the bins of the edge and their neighbours, and past the edge: a quarter of half a bin, as |x| > 0.999 of 256 levels.
 GMK_HD double logistic_edge(double levels) { return 0.255 / (levels - 1); }
 
+// log P = log(inside) + outside.
 template <class Ops>
 struct LogisticChannel {
-  typename Ops::V inside, outside, by_mean,
-      by_scale;  // log P = log(inside) + outside; by_scale: by what `params` holds
+  typename Ops::V inside, outside, by_mean, by_scale;  // by_scale: by what `params` holds
 };
 
 // Reflecting x and mean makes every inner bin one below its mean, and the highest bin the lowest: then with z = i (x - mean)
