@@ -17,8 +17,9 @@ def keep_packed_weights():
     **inside, do not write to a weight through** ``.data``, numpy or another process. Outside, every call packs, and
     all writes count.
 
-    What is kept goes with its weight, and at the end of the block. It belongs to the thread that entered the block;
-    blocks within blocks share what is kept. Inference tensors have no version counter, and are packed at every call.
+    What is kept, for each size of images that a weight meets, goes with the weight, and at the end of the block. It
+    belongs to the thread that entered the block; blocks within blocks share it. Inference tensors have no version
+    counter, and are packed at every call; so is what autocast makes of a weight.
 
     >>> model = gmkernels.nn.MaskedConv2d(8, 8, 3).eval()
     >>> with torch.no_grad(), keep_packed_weights():
