@@ -1,4 +1,4 @@
-"""ops.keep_packed_weights: the same bits, fewer packings, and every write that torch counts is seen."""
+"""keep_packed_weights: the same bits, fewer packings, and every write that torch counts is seen."""
 
 import gc
 import itertools
@@ -7,12 +7,12 @@ import threading
 import pytest
 import torch
 
-from gmkernels import _C, _packed, models, ops
+from gmkernels import _C, _packed, keep_packed_weights, models, ops
 from gmkernels.ops import masked_conv
 from gmkernels.ops import pixelcnn as pixelcnn_op
 from pixelcnn_cases import SAMPLE, network, uniforms
 
-keep, conv = ops.keep_packed_weights, ops.masked_conv2d
+keep, conv = keep_packed_weights, ops.masked_conv2d
 
 
 def data(*shape, dtype=torch.float32, seed=0):

@@ -14,9 +14,10 @@ if _isa := _os.environ.get("GMKERNELS_ISA"):
     _C.set_isa(_isa)
 
 from . import distributions, nn, ops, reference  # noqa: E402
+from ._packed import keep_packed_weights  # noqa: E402
 
-__all__ = ["GaussianMixture", "__version__", "distributions", "mixture", "models", "nn", "ops", "reference",
-           "schedulers"]
+__all__ = ["GaussianMixture", "__version__", "distributions", "keep_packed_weights", "mixture", "models", "nn", "ops",
+           "reference", "schedulers"]
 
 
 def __getattr__(name):

@@ -22,7 +22,7 @@ def keep_packed_weights():
     counter, and are packed at every call; so is what autocast makes of a weight.
 
     >>> model = gmkernels.nn.MaskedConv2d(8, 8, 3).eval()
-    >>> with torch.no_grad(), keep_packed_weights():
+    >>> with torch.no_grad(), gmkernels.keep_packed_weights():
     ...     ys = [model(torch.randn(1, 8, 16, 16)) for _ in range(3)]
     """
     if _kept.get() is not None:

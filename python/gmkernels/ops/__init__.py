@@ -1,6 +1,5 @@
 """Functions on tensors: differentiable, safe under torch.compile, on CPU and CUDA."""
 
-from .._packed import keep_packed_weights
 from .diffusion import diffusion_step
 from .diffusion_plan import DiffusionPlan
 from .ema import ema_update_
@@ -48,7 +47,6 @@ __all__ = [
     "gmm_responsibilities",
     "gmm_sample",
     "gmm_score",
-    "keep_packed_weights",
     "kmeans",
     "kmeans_plus_plus",
     "masked_conv2d",
