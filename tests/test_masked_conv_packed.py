@@ -1,5 +1,6 @@
 """keep_packed_weights: the same bits, fewer packings, and every write that torch counts is seen."""
 
+import functools
 import gc
 import itertools
 import threading
@@ -7,6 +8,7 @@ import threading
 import pytest
 import torch
 
+import cases
 from gmkernels import _C, _packed, keep_packed_weights, models, ops
 from gmkernels.ops import masked_conv
 from gmkernels.ops import pixelcnn as pixelcnn_op
@@ -15,8 +17,7 @@ from pixelcnn_cases import SAMPLE, network, uniforms
 keep, conv = keep_packed_weights, ops.masked_conv2d
 
 
-def data(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+data = functools.partial(cases.data, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -192,8 +193,8 @@ def test_a_workspace_that_is_too_small_is_refused():
 
 def test_sampler(monkeypatch):
     packings = []
-    pack = pixelcnn_op._packed
-    monkeypatch.setattr(pixelcnn_op, "_packed", lambda *a: packings.append(1) or pack(*a))
+    pack = pixelcnn_op._pack_weights
+    monkeypatch.setattr(pixelcnn_op, "_pack_weights", lambda *a: packings.append(1) or pack(*a))
     weights, u = network(features=20, layers=3, outputs=4), uniforms(2, 1, 4, 9)
 
     def sample(n=2):
@@ -214,8 +215,8 @@ def test_sampler(monkeypatch):
 
 def test_a_model_is_packed_once(monkeypatch):
     packings = []
-    pack = pixelcnn_op._packed
-    monkeypatch.setattr(pixelcnn_op, "_packed", lambda *a: packings.append(1) or pack(*a))
+    pack = pixelcnn_op._pack_weights
+    monkeypatch.setattr(pixelcnn_op, "_pack_weights", lambda *a: packings.append(1) or pack(*a))
     model = models.PixelCNN((1, 4, 9), levels=3, features=8, layers=2, num_classes=2)
     with keep():
         for _ in range(3):

@@ -24,7 +24,7 @@ def test_outputs_simt():
     logits, workspace = huge.empty((n, levels), torch.float32), huge.empty((numbers[1],), torch.float32)
     u = ops.philox_uniform(n, seed=0)
     values = torch.linspace(-1, 1, levels)
-    packed, biases = pixelcnn._packed(weights, 1, numbers[0], *panel), pixelcnn._biases(weights)
+    packed, biases = pixelcnn._pack_weights(weights, 1, numbers[0], *panel), pixelcnn._biases(weights)
     ins = (None, None, packed, biases, values, u, None, None, None)
     with backend.running(blocks=[-1]):
         pixelcnn._sample((drawn, logits, bad, workspace), ins, sizes, (1, 1, 0, 1), numbers, 1, 0, 1, 1.0, 0, 0)

@@ -34,17 +34,32 @@ static Taps taps_of(const Ints& index, const Ints& kernel, bool negated) {
   return t;
 }
 
-static MaskedConv masked_conv2d(Address out, Address z, Address workspace, Address x, Address weight, Address bias,
-                                Address cond, Address residual, Address grad, const Ints& size, const Ints& taps,
-                                const Ints& kernel, bool transposed, const Ints& nhwc, int gate, bool identity,
-                                bool cond_map, int dtype, std::int64_t workspace_size, bool packed) {
-  MaskedConv a{};
+// size = (b, c_in, c_out, h, w)
+template <class A>
+static void set_sizes(A& a, const Ints& size) {
   a.b = size.at(0);
   a.c_in = size.at(1);
   a.c_out = size.at(2);
   a.h = size.at(3);
   a.w = size.at(4);
+}
+
+// What decides how a weight is packed.
+static MaskedConv sizes_of(const Ints& size, const Ints& taps, const Ints& kernel, bool transposed, int gate,
+                           int dtype) {
+  MaskedConv a{};
+  set_sizes(a, size);
   a.taps = taps_of(taps, kernel, transposed);
+  a.gate = gate;
+  a.dtype = dtype;
+  return a;
+}
+
+static MaskedConv masked_conv2d(Address out, Address z, Address workspace, Address x, Address weight, Address bias,
+                                Address cond, Address residual, Address grad, const Ints& size, const Ints& taps,
+                                const Ints& kernel, bool transposed, const Ints& nhwc, int gate, bool identity,
+                                bool cond_map, int dtype, std::int64_t workspace_size, bool packed) {
+  MaskedConv a = sizes_of(size, taps, kernel, transposed, gate, dtype);
   const std::int64_t area = std::int64_t(a.taps.kh) * a.taps.kw, pixels = a.b * a.h * a.w;
   a.weight_out = transposed ? area : a.c_in * area;
   a.weight_in = transposed ? a.c_out * area : area;
@@ -67,8 +82,6 @@ static MaskedConv masked_conv2d(Address out, Address z, Address workspace, Addre
   a.residual_nhwc = nhwc.at(4);
   a.cond_map = cond_map;
   a.identity = identity;
-  a.gate = gate;
-  a.dtype = dtype;
   return a;
 }
 
@@ -76,11 +89,7 @@ static MaskedConvWeight masked_conv2d_backward_weight(Address weight, Address bi
                                                       Address x, const Ints& size, const Ints& taps, const Ints& kernel,
                                                       std::int64_t groups, const Ints& nhwc, int dtype) {
   MaskedConvWeight a{};
-  a.b = size.at(0);
-  a.c_in = size.at(1);
-  a.c_out = size.at(2);
-  a.h = size.at(3);
-  a.w = size.at(4);
+  set_sizes(a, size);
   a.taps = taps_of(taps, kernel, false);
   a.weight = pointer(weight, a.c_in * a.c_out * a.taps.kh * a.taps.kw, "weight");
   a.bias = optional_pointer(bias);
@@ -111,16 +120,7 @@ static GateGradient gate_backward(Address out, Address grad, Address z, std::int
 // Bytes of the packed weight of such a call on the CPU.
 static std::int64_t packed_size(const Ints& size, const Ints& taps, const Ints& kernel, bool transposed, int gate,
                                 int dtype, int threads) {
-  MaskedConv a{};
-  a.b = size.at(0);
-  a.c_in = size.at(1);
-  a.c_out = size.at(2);
-  a.h = size.at(3);
-  a.w = size.at(4);
-  a.taps = taps_of(taps, kernel, transposed);
-  a.gate = gate;
-  a.dtype = dtype;
-  return masked_conv_kernels().packed_size(a, threads);
+  return masked_conv_kernels().packed_size(sizes_of(size, taps, kernel, transposed, gate, dtype), threads);
 }
 #endif
 

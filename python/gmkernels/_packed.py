@@ -40,23 +40,23 @@ def keeping():
 
 
 class Packed:
-    """What is kept of some tensors: `buffer`, and whether it is `filled`."""
+    """The packed form of some tensors: `buffer`, None until the caller has made it."""
 
-    def __init__(self, stamp, owners, forget):
-        self.stamp, self.buffer, self.filled = stamp, None, False
-        self.owners = [weakref.ref(t, forget) for t in owners]
+    buffer = stamp = owners = None
 
 
 def packed(key, tensors):
-    """The `Packed` of these tensors (None stands for an absent one), empty where one has changed; outside, None."""
+    """The `Packed` of these tensors (None stands for an absent one): what is kept of them, or a new one where one has
+    changed. Where nothing is kept, always a new one."""
     kept = _kept.get()
     if kept is None or any(t is not None and t.is_inference() for t in tensors):
-        return None
+        return Packed()
     tensors = [t for t in tensors if t is not None]
     owners = [t._base if t._is_view() else t for t in tensors]  # a view is a new object each time
     key = (key, *map(id, owners))
     stamp = [(t._version, t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
     found = kept.get(key)
     if found is None or found.stamp != stamp:
-        found = kept[key] = Packed(stamp, owners, lambda _: kept.pop(key, None))
+        found = kept[key] = Packed()
+        found.stamp, found.owners = stamp, [weakref.ref(t, lambda _: kept.pop(key, None)) for t in owners]
     return found

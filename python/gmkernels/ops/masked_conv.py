@@ -20,7 +20,7 @@ from .._call import (
     is_compiling,
     threads,
 )
-from .._packed import keeping, packed
+from .._packed import Packed, keeping, packed
 from .masked_conv_masks import check_mask, live_taps, ordered_weight
 
 _forward = Kernel("masked_conv2d", scratch=1)
@@ -114,23 +114,21 @@ def _convolve(out, x, weight, bias, taps, dilation, gate=None, *, z=None, cond=N
     nhwc = [t is not None and t.dim() == 4 and _nhwc(t) for t in (out, x, grad, cond, residual)]
     kind = _PLAIN if gate is None else _GATE if grad is None else _GATE_GRADIENT
     sizes, kernel = [b, c_in, c_out, h, w], [*weight.shape[2:], *dilation]
-    kept, workspace, size, dtype = None, None, 0, DTYPE_CODE[x.dtype]
+    kept, workspace, size, dtype = Packed(), None, 0, DTYPE_CODE[x.dtype]
     if _on_cuda(x):
         size = _packed_size(c_in, c_out, taps, kind, x.dtype)
         workspace = x.new_empty(size) if size else None
     elif keeping():
         of = (sizes, taps, kernel, transposed, kind, dtype, threads())
         kept = packed(("masked_conv2d", _C.isa(), repr(of)), (weight, bias))
-        if kept is not None:
-            size = _C.masked_conv2d_packed_size(*of)
-            if kept.buffer is None:
-                kept.buffer = torch.empty(size, dtype=torch.uint8)
-            workspace = kept.buffer
+        workspace = kept.buffer
+        if workspace is None:
+            workspace = torch.empty(_C.masked_conv2d_packed_size(*of), dtype=torch.uint8)
+        size = workspace.numel()
     _forward((out, z, workspace), (x, weight, bias, cond, residual, grad), sizes, taps, kernel, transposed, nhwc, kind,
              gate == "identity_sigmoid", cond is not None and cond.dim() == 4, dtype, size,
-             kept is not None and kept.filled)
-    if kept is not None:
-        kept.filled = True
+             kept.buffer is not None)
+    kept.buffer = workspace
 
 
 def _outputs(x, weight, bias, cond, residual, taps, dilation, gate, keep, out=None):

@@ -224,7 +224,7 @@ def _pack(buffer, maps, lanes, words):
     return buffer[layers * size :]
 
 
-def _packed(weights, groups, count, lanes, words, points):
+def _pack_weights(weights, groups, count, lanes, words, points):
     buffer = rest = torch.zeros(count, dtype=torch.float32, device=weights.out[0].device)
     layers, features = len(weights.out), weights.out[0].shape[0]
     for first, end in ((0, 1), (1, layers)):
@@ -261,9 +261,8 @@ def _run(weights, sizes, outputs_wanted, random, given, head, callback):
     values = _ref.image_values(levels, torch.float32, device)
     maps = *weights.vertical, *weights.horizontal, *weights.link, *weights.out, weights.head1, weights.head2
     kept = packed(("pixelcnn_sample", sizes[1:], device), maps)
-    weight = _packed(weights, groups, numbers[0], *panel) if kept is None or kept.buffer is None else kept.buffer
-    if kept is not None:
-        kept.buffer = weight
+    if kept.buffer is None:
+        kept.buffer = _pack_weights(weights, groups, numbers[0], *panel)
     biases = _biases(weights)
     uniforms, seeds, seed, temperature = random
     kind, mixtures = head[1:]
@@ -275,7 +274,7 @@ def _run(weights, sizes, outputs_wanted, random, given, head, callback):
         step = min(step, -(-h // 8))
     for y in range(0, h, step):
         _sample((drawn, logits, bad, workspace),
-                (bad, workspace, weight, biases, values, uniforms, *given, seeds),
+                (bad, workspace, kept.buffer, biases, values, uniforms, *given, seeds),
                 sizes, (*rows, y, min(h, y + step)), numbers, seed_rows, seed & (2**64 - 1), mixtures, temperature,
                 HEADS.index(head[0]), kind)
         if callback is not None:
