@@ -15,16 +15,20 @@ _TIMESTEP = 500
 def cases(quick, device):
     cpu = torch.device(device).type == "cpu"
     latents, images = (16, 3, 32, 32), (8, 3, 256, 256) if cpu else (128, 3, 256, 256)
-    yield _ddpm(latents, device, goals={"eager": 8.0, "diffusers": 12.0} if cpu else {})
+    yield _ddpm(latents, device, goals={"eager": 8.0, "torch.compile": 30.0} if cpu else {})
     yield _ddim(images, device, share_goal=0.9)
     yield _tiny(device)
     yield _plan(device)
-    yield _multistep(latents if quick else images, device)
+    yield _multistep(latents, device, {"eager": 7.0, "torch.compile": 4.0} if cpu else {})
     if not quick:
-        yield _ddpm(images, device)
-        yield _ddpm(latents, device, dtype=torch.bfloat16)
-        yield _ddim(images, device, dtype=torch.bfloat16)
+        yield _ddim(latents, device, goals={"eager": 3.0, "torch.compile": 4.0} if cpu else {})
+        yield _ddpm(images, device, goals={"eager": 10.0, "diffusers": 20.0} if cpu else {})
+        yield _multistep(images, device, {"eager": 4.0, "diffusers": 12.0} if cpu else {}, share_goal=0.9)
+        for shape in latents, images:
+            for case in _ddpm, _ddim, _multistep:
+                yield case(shape, device, dtype=torch.bfloat16)
         yield _guided(images, device)
+        yield _histories(images, device)
         yield _points(device)
         yield _threshold(images, device, {"diffusers": 20.0} if cpu else {})
         yield _rescale(images, device, {"diffusers": 8.0} if cpu else {})
@@ -82,6 +86,19 @@ def _error(call, tensors, row, clip=None, h1=None, uncond=None, guidance=1.0, z=
     return error
 
 
+def _in_float32(ours, *tensors):
+    """A rival for half types: the same call with float32 tensors."""
+    if tensors[0].dtype is torch.float32:
+        return {}
+    wide = [t.float() for t in tensors]
+    return {"float32": lambda: ours(*wide)}
+
+
+def _kind(dtype, goals):
+    return {"dtype": str(dtype).removeprefix("torch."),
+            "goals": goals or ({} if dtype is torch.float32 else {"float32": 1.0})}
+
+
 def _ddpm(shape, device, dtype=torch.float32, goals=None):
     x, m = _tensors(2, shape, device, dtype)
     values = coefficients.ddpm(_A, _A_NEXT)
@@ -92,19 +109,20 @@ def _ddpm(shape, device, dtype=torch.float32, goals=None):
         x0 = (A * x + B * m).clamp_(-1, 1)
         return x0.mul_(c0).add_(x, alpha=c1).add_(torch.randn_like(x), alpha=s)
 
-    def ours():
+    def ours(x=x, m=m):
         return ops.diffusion_step(x, m, row, clip=1.0, noise=True, seed=0, step=7)
 
     z = ops.philox_normal(shape, 0, 7, 2, device=device)
     return Case(
         "diffusion_step", f"DDPM with noise and clip {_name(shape)}", ours,
-        {"eager": eager, "torch.compile": torch.compile(eager), "diffusers": _scheduler("DDPMScheduler", x, m)},
-        dtype=str(dtype).removeprefix("torch."), bytes=3 * x.numel() * x.element_size(), normals=x.numel(),
-        error=_error(ours, (x, m), row, 1.0, z=z), goals=goals or {},
+        {"eager": eager, "torch.compile": torch.compile(eager), "diffusers": _scheduler("DDPMScheduler", x, m),
+         **_in_float32(ours, x, m)},
+        bytes=3 * x.numel() * x.element_size(), normals=x.numel(), error=_error(ours, (x, m), row, 1.0, z=z),
+        **_kind(dtype, goals),
     )
 
 
-def _ddim(shape, device, dtype=torch.float32, share_goal=0.0):
+def _ddim(shape, device, dtype=torch.float32, share_goal=0.0, goals=None):
     x, m = _tensors(2, shape, device, dtype)
     out, theirs = torch.empty_like(x), torch.empty_like(x)
     values = coefficients.ddim(_A, _A_NEXT)
@@ -115,15 +133,19 @@ def _ddim(shape, device, dtype=torch.float32, share_goal=0.0):
     def eager():
         return torch.mul(x, scale, out=theirs).add_(m, alpha=shift)
 
-    def ours():
+    def lines():
+        x0 = A * x + B * m
+        return c0 * x0 + c1 * x
+
+    def ours(x=x, m=m, out=out):
         return ops.diffusion_step(x, m, row, out=out)
 
     return Case(
         "diffusion_step", f"DDIM {_name(shape)}, out=", ours,
-        {"eager": eager, "torch.compile": torch.compile(eager),
-         "diffusers": _scheduler("DDIMScheduler", x, m, clip_sample=False)},
-        dtype=str(dtype).removeprefix("torch."), bytes=3 * x.numel() * x.element_size(),
-        error=_error(ours, (x, m), row), share_goal=share_goal,
+        {"eager": lines, "eager, folded": eager, "torch.compile": torch.compile(eager),
+         "diffusers": _scheduler("DDIMScheduler", x, m, clip_sample=False), **_in_float32(ours, x, m, out)},
+        bytes=3 * x.numel() * x.element_size(), error=_error(ours, (x, m), row), share_goal=share_goal,
+        note="eager: as the formula is written; folded: one scale and one shift, in place", **_kind(dtype, goals),
     )
 
 
@@ -151,8 +173,8 @@ def _plan(device):
     )
 
 
-def _multistep(shape, device):
-    x, m, h = _tensors(3, shape, device)
+def _multistep(shape, device, goals=None, dtype=torch.float32, share_goal=0.0):
+    x, m, h = _tensors(3, shape, device, dtype)
     out, x0 = torch.empty_like(x), torch.empty_like(x)
     values = coefficients.dpmpp_2m(_A, _A_NEXT, _A_BEFORE)
     row = _row(values, device)
@@ -162,14 +184,50 @@ def _multistep(shape, device):
         now = (A * x).add_(m, alpha=B)
         return (c0 * now).add_(x, alpha=c1).add_(h, alpha=c2), now
 
-    def ours():
+    def lines():
+        now = A * x + B * m
+        return c0 * now + c1 * x + c2 * h, now
+
+    def ours(x=x, m=m, h=h, out=out, x0=x0):
         return ops.diffusion_step(x, m, row, history=(h,), out=out, x0_out=x0)
 
     return Case(
         "diffusion_step", f"DPM-Solver++ 2M {_name(shape)}, out=", ours,
-        {"eager": eager, "torch.compile": torch.compile(eager),
-         "diffusers": _scheduler("DPMSolverMultistepScheduler", x, m)},
+        {"eager": lines, "eager, folded": eager, "torch.compile": torch.compile(eager),
+         "diffusers": _scheduler("DPMSolverMultistepScheduler", x, m), **_in_float32(ours, x, m, h, out, x0)},
         bytes=5 * x.numel() * x.element_size(), error=_error(ours, (x, m), row, h1=h),
+        share_goal=share_goal, note="eager: as the formula is written; folded: in place", **_kind(dtype, goals),
+    )
+
+
+def _histories(shape, device):
+    """All that is read without noise: guidance and three old results, with x0 written."""
+    x, m, u, *old = _tensors(6, shape, device)
+    out, x0, theirs = (torch.empty_like(x) for _ in range(3))
+    values = *coefficients.dpmpp_2m(_A, _A_NEXT, _A_BEFORE)[:5], 0.2, -0.1, 0.0
+    row = _row(values, device)
+    A, B, c0, c1, *more = values[:7]
+    guidance = 3.0
+
+    def eager():
+        now = torch.mul(x, A, out=theirs).add_(torch.lerp(u, m, guidance), alpha=B)
+        result = (c0 * now).add_(x, alpha=c1)
+        for h, c in zip(old, more, strict=True):
+            result.add_(h, alpha=c)
+        return result, now
+
+    def ours():
+        return ops.diffusion_step(x, m, row, uncond=u, guidance_scale=guidance, history=old, out=out, x0_out=x0)
+
+    def error():
+        a, b, c, *h = (t.double() for t in (x, m, u, *old))
+        want = reference.diffusion.diffusion_step(a, b, row.double(), c, *h, None, None, None, guidance)[0]
+        return ((ours().double() - want).abs().max() / want.abs().max()).item()
+
+    return Case(
+        "diffusion_step", f"guidance and a history of three {_name(shape)}, out=", ours,
+        {"eager, folded": eager, "torch.compile": torch.compile(eager)},
+        bytes=8 * x.numel() * x.element_size(), error=error, share_goal=0.9 if x.device.type == "cpu" else 0.0,
     )
 
 
@@ -191,6 +249,7 @@ def _guided(shape, device):
         "diffusion_step", f"DDIM with guidance {_name(shape)}, out=", ours,
         {"eager": eager, "torch.compile": torch.compile(eager)},
         bytes=4 * x.numel() * x.element_size(), error=_error(ours, (x, m), row, uncond=u, guidance=guidance),
+        share_goal=0.9 if x.device.type == "cpu" else 0.0,
     )
 
 

@@ -49,8 +49,10 @@ def test_large(isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_is_rounded_once(isa, dtype):
-    names, options = OPTIONS["everything"]
+@pytest.mark.parametrize("name", ["plain", "guided", "history3", "drawn", "given", "everything"])
+def test_half_is_rounded_once(isa, name, dtype):
+    """Half an ulp of the float64 step; 4160 elements are whole runs and a rest."""
+    names, options = OPTIONS[name]
     made = tensors((64, 65), names, dtype)
     want = oracle(made, coefficients(), **options)[0]
     got = call(made, coefficients(), **options).double()

@@ -55,6 +55,36 @@ def test_nan(device, dtype):
 
 
 @HALF
+def test_rounding_in_runs(isa, dtype):
+    """As `test_rounding`, of elements that share their coefficients: x + x0 m, the bits of a float32 in two halves."""
+    values = edges(dtype)
+    values = values[values.isfinite() & (values.abs() > 1e-3) & (values.abs() < 1e4)]
+    x = values.to(dtype)
+    m = (values - x.float()).to(dtype)
+    c = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    for roll in (0, 1):  # each value at an even and at an odd place
+        x, m = x.roll(roll), m.roll(roll)
+        out, x0 = ops.diffusion_step(x, m, c, return_x0=True)
+        for got in (out, x0):
+            same_bits(got, (x.float() + m.float()).to(dtype))
+
+
+@HALF
+def test_nan_in_runs(isa, dtype):
+    bits = [0x7FFF, 0x7FC0, 0x7F81, 0x7E01, -1, -64, -0x7F, 0x7F80, 0x7C00, -0x80, -0x400]
+    x = torch.tensor(bits, dtype=torch.int16).repeat(64).view(dtype)  # 704 elements: at every place of a word
+    out = ops.diffusion_step(x, x, torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0]))
+    assert torch.equal(out.isnan(), x.isnan()) and torch.equal(out[~x.isnan()], x[~x.isnan()])
+    full = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)  # would round to -0 and 0
+    for nan in full:
+        c = torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 0])
+        c[0] = nan
+        assert ops.diffusion_step(x, x, c).isnan().all()
+    drawn = ops.diffusion_step(x[:512], x[:512], torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 1.0]), noise=True, seed=0)
+    assert torch.equal(drawn.isnan(), x[:512].isnan())
+
+
+@HALF
 def test_every_number_comes_back(device, dtype):
     """A half is a float32, and that float32 is the half again."""
     bits = torch.arange(-(2**15), 2**15, 1 if not device.simt else 61).to(torch.int16)

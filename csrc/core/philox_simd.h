@@ -143,9 +143,9 @@ GMK_INLINE void box_muller(__m512i radius_word, __m512i angle_word, __m512* cosi
 }
 #endif
 
-// f(i, z) for i = 0, kLanes, 2 kLanes, ... kChunk - kLanes: z is a word of the kChunk normals of blocks block, block + 1,
-// ..., row-major.
-template <class F>
+// f(i, z0, z1) for i = 0, 2 kLanes, 4 kLanes, ... kChunk - 2 kLanes: two words of the kChunk normals of blocks block,
+// block + 1, ..., which are row-major: in this order, or (kEvenOdd) the even elements and the odd ones.
+template <bool kEvenOdd, class F>
 GMK_INLINE void each_normals(uint64_t block, PhiloxAt at, const F& f) {
   alignas(64) uint32_t even[kChunk / 2], odd[kChunk / 2];
   chunk_words(even, odd, block, at);
@@ -153,8 +153,13 @@ GMK_INLINE void each_normals(uint64_t block, PhiloxAt at, const F& f) {
   for (int i = 0; i < kChunk / 2; i += 16) {
     __m512 c, s;
     box_muller(_mm512_load_si512(even + i), _mm512_load_si512(odd + i), &c, &s);
-    f(2 * i, (vfloat)_mm512_unpacklo_ps(c, s));
-    f(2 * i + 16, (vfloat)_mm512_unpackhi_ps(c, s));
+    if (kEvenOdd) {  // what unpacking makes of the lanes, without mixing them
+      const __m512i order = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
+      const auto sorted = [&](__m512 x) { return (vfloat)_mm512_permutexvar_epi64(order, _mm512_castps_si512(x)); };
+      f(2 * i, sorted(c), sorted(s));
+    } else {
+      f(2 * i, (vfloat)_mm512_unpacklo_ps(c, s), (vfloat)_mm512_unpackhi_ps(c, s));
+    }
   }
 #else
   alignas(64) float c[kChunk / 2], s[kChunk / 2];
@@ -168,8 +173,14 @@ GMK_INLINE void each_normals(uint64_t block, PhiloxAt at, const F& f) {
   }
   for (int i = 0; i < kChunk / 2; i += 8) {
     const __m256 a = _mm256_load_ps(c + i), b = _mm256_load_ps(s + i);
-    f(2 * i, (vfloat)_mm256_unpacklo_ps(a, b));
-    f(2 * i + 8, (vfloat)_mm256_unpackhi_ps(a, b));
+    if (kEvenOdd) {
+      const auto sorted = [](__m256 x) {
+        return (vfloat)_mm256_permute4x64_pd(_mm256_castps_pd(x), _MM_SHUFFLE(3, 1, 2, 0));
+      };
+      f(2 * i, sorted(a), sorted(b));
+    } else {
+      f(2 * i, (vfloat)_mm256_unpacklo_ps(a, b), (vfloat)_mm256_unpackhi_ps(a, b));
+    }
   }
 #endif
 }
@@ -181,13 +192,17 @@ static __attribute__((noinline, unused)) void chunk_uniforms(float* out, uint64_
   for (int i = 0; i < kChunk; ++i) out[i] = uniform_from(words[i]);
 }
 #else
-template <class F>
+template <bool kEvenOdd, class F>
 GMK_INLINE void each_normals(uint64_t block, PhiloxAt at, const F& f) {
   static_assert(kLanes == 4, "one block is one word");
-  for (int b = 0; b < kChunkBlocks; ++b) {
-    float z[4];
-    normals_from(philox(block + uint64_t(b), at.step, at.stream, at.key), z);
-    f(4 * b, load(z));
+  for (int b = 0; b < kChunkBlocks; b += 2) {
+    float z[8];
+    for (int k = 0; k < 2; ++k) normals_from(philox(block + uint64_t(b + k), at.step, at.stream, at.key), z + 4 * k);
+    if (kEvenOdd) {
+      f(4 * b, vfloat{z[0], z[2], z[4], z[6]}, vfloat{z[1], z[3], z[5], z[7]});
+    } else {
+      f(4 * b, load(z), load(z + 4));
+    }
   }
 }
 GMK_INLINE void chunk_uniforms(float* out, uint64_t block, PhiloxAt at) {
@@ -200,7 +215,10 @@ GMK_INLINE void chunk_uniforms(float* out, uint64_t block, PhiloxAt at) {
 
 // Not inlined: inside an OpenMP region gcc 12 made it 1.6 times slower.
 static __attribute__((noinline, unused)) void chunk_normals(float* out, uint64_t block, PhiloxAt at) {
-  each_normals(block, at, [&](int i, vfloat z) { store(out + i, z); });
+  each_normals<false>(block, at, [&](int i, vfloat z0, vfloat z1) {
+    store(out + i, z0);
+    store(out + i + kLanes, z1);
+  });
 }
 
 }  // namespace

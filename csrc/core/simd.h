@@ -237,11 +237,11 @@ GMK_INLINE uint32_t lanes_of(vlong condition) {
 template <class V>
 GMK_INLINE auto hsum(V x) {
   constexpr int n = sizeof(V) / sizeof(x[0]);
-  decltype(x[0] + x[0]) part[n];
-  for (int l = 0; l < n; ++l) part[l] = x[l];
-  for (int step = n / 2; step; step /= 2)
-    for (int l = 0; l < step; ++l) part[l] += part[l + step];
-  return part[0];
+  decltype(x != x) from;
+  for (int l = 0; l < n; ++l) from[l] = l;
+#pragma GCC unroll 4
+  for (int step = n / 2; step; step /= 2) x += __builtin_shuffle(x, from + step);  // modulo n
+  return x[0];
 }
 
 // Half types: storage only. load_float/store_float move kLanes (or `count`) elements of T as float32.
@@ -263,10 +263,13 @@ GMK_INLINE vfloat load_float(const f16* p) {
 #endif
 }
 GMK_INLINE void store_float(float* p, vfloat x) { store(p, x); }
+// x rounded to bfloat16, in the upper halves of the lanes; what the lower halves hold is left over.
+GMK_INLINE vuint rounded_bf16(vfloat x) {
+  const vuint u = (vuint)x;
+  return (vuint)select((vint)(x != x), (vint)(u | 0x400000u), (vint)(u + 0x7fffu + ((u >> 16) & 1u)));
+}
 GMK_INLINE void store_float(bf16* p, vfloat x) {
-  const vuint u = (vuint)x, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const vuint r = (vuint)select((vint)(x != x), (vint)((u >> 16) | 0x40u), (vint)rounded);
-  const vhalf h = __builtin_convertvector(r, vhalf);
+  const vhalf h = __builtin_convertvector(rounded_bf16(x) >> 16, vhalf);
   memcpy(p, &h, sizeof h);
 }
 GMK_INLINE void store_float(f16* p, vfloat x) {

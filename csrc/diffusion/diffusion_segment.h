@@ -54,38 +54,51 @@ struct Body {
 
   GMK_HD_MEMBER static V hide(V x, I use) { return kMasked ? (V)((I)x & use) : x; }
 
+  template <int kWords>
   struct Result {
-    V out, x0;
+    Words<V, kWords> out, x0;
   };
   // All but the noise.
-  template <class... Count>
-  GMK_HD_MEMBER Result compute(int64_t i, Count... count) const {
-    const V x = get(g.x + i, count...);
-    V m = get(g.m + i, count...);
+  template <int kWords, class... Count>
+  GMK_HD_MEMBER Result<kWords> compute(int64_t i, Count... count) const {
+    const Words<V, kWords> x = get_words<kWords>(g.x + i, count...);
+    Words<V, kWords> m = get_words<kWords>(g.m + i, count...);
     if (kGuided == kHas || (kGuided == kAsk && g.u)) {
-      const V u = get(g.u + i, count...);
-      m = madd(guidance, m - u, u);
+      const Words<V, kWords> u = get_words<kWords>(g.u + i, count...);
+      for (int j = 0; j < kWords; ++j) m.w[j] = madd(guidance, m.w[j] - u.w[j], u.w[j]);
     }
-    const V x0 = vmin(high, vmax(low, madd(b, hide(m, use_b), a * hide(x, use_a))));  // NaN stays: second operand
-    V out = madd(c0, hide(x0, use_c0), c1 * hide(x, use_c1));
-    for (int h = 0; kMore && h < g.history; ++h) out = madd(splat(g.ch[h]), get(g.h[h] + i, count...), out);
-    return {out, x0};
+    Result<kWords> r;
+    for (int j = 0; j < kWords; ++j) {
+      const V x0 = madd(b, hide(m.w[j], use_b), a * hide(x.w[j], use_a));
+      r.x0.w[j] = vmin(high, vmax(low, x0));  // NaN stays: second operand
+      r.out.w[j] = madd(c0, hide(r.x0.w[j], use_c0), c1 * hide(x.w[j], use_c1));
+    }
+    for (int h = 0; kMore && h < g.history; ++h) {
+      const Words<V, kWords> old = get_words<kWords>(g.h[h] + i, count...);
+      for (int j = 0; j < kWords; ++j) r.out.w[j] = madd(splat(g.ch[h]), old.w[j], r.out.w[j]);
+    }
+    return r;
   }
-  template <class... Count>
-  GMK_HD_MEMBER void write(const Result& r, int64_t i, Count... count) const {
-    put(g.out + i, r.out, count...);
-    if (kMore && g.x0) put(g.x0 + i, r.x0, count...);
+  template <int kWords>
+  GMK_HD_MEMBER void add_noise(Result<kWords>& r, const Words<V, kWords>& z) const {
+    for (int j = 0; j < kWords; ++j) r.out.w[j] = madd(s, z.w[j], r.out.w[j]);
   }
   template <int kWords, class... Count>
+  GMK_HD_MEMBER void write(const Result<kWords>& r, int64_t i, Count... count) const {
+    put_words(g.out + i, r.out, count...);
+    if (kMore && g.x0) put_words(g.x0 + i, r.x0, count...);
+  }
+  // kTimes times kWords words, all read before the first is written.
+  template <int kTimes, int kWords, class... Count>
   GMK_HD_MEMBER void run(int64_t i, Count... count) const {
-    Result r[kWords];
-#pragma GCC unroll 4
-    for (int j = 0; j < kWords; ++j) {
-      r[j] = compute(i + j * lanes, count...);
-      if (kNoise == kHas || (kNoise == kAsk && g.z)) r[j].out = madd(s, get(g.z + i + j * lanes, count...), r[j].out);
+    Result<kWords> r[kTimes];
+    for (int t = 0; t < kTimes; ++t) {
+      const int64_t at = i + t * kWords * lanes;
+      r[t] = compute<kWords>(at, count...);
+      if (kNoise == kHas || (kNoise == kAsk && g.z))
+        add_noise(r[t], in_order_of<T>(get_words<kWords>(g.z + at, count...)));
     }
-#pragma GCC unroll 4
-    for (int j = 0; j < kWords; ++j) write(r[j], i + j * lanes, count...);
+    for (int t = 0; t < kTimes; ++t) write(r[t], i + t * kWords * lanes, count...);
   }
 };
 
@@ -97,9 +110,9 @@ void run_segment(const Segment<T>& g, int64_t n) {
   const Body<T, kMasked, kGuided, kNoise, kMore> body(g);
   constexpr int64_t lanes = body.lanes;
   int64_t i = 0;
-  for (; i + 4 * lanes <= n; i += 4 * lanes) body.template run<4>(i);
-  for (; i + lanes <= n; i += lanes) body.template run<1>(i);
-  if (i < n) body.template run<1>(i, n - i);
+  for (; i + 4 * lanes <= n; i += 4 * lanes) body.template run<2, 2>(i);
+  for (; i + lanes <= n; i += lanes) body.template run<1, 1>(i);
+  if (i < n) body.template run<1, 1>(i, n - i);
 }
 template <class T>
 void run_unknown(const Segment<T>& g, int64_t n, bool masked) {
@@ -124,11 +137,12 @@ template <class T, bool kMasked, bool kAny>
 void run_drawn(const Segment<T>& g, int64_t n, uint64_t block, PhiloxAt at) {
   const Body<T, kMasked, kAny ? kAsk : kHasNot, kHasNot, kAny> body(g);
   for (int64_t e = 0; e < n; e += kChunk)
-    each_normals(block + uint64_t(e / 4), at, [&](int64_t i, vfloat z) __attribute__((always_inline)) {
-      auto r = body.compute(e + i);
-      r.out = madd(body.s, z, r.out);
-      body.write(r, e + i);
-    });
+    each_normals<kEvenOdd<T, 2>>(block + uint64_t(e / 4), at,
+                                 [&](int64_t i, vfloat z0, vfloat z1) __attribute__((always_inline)) {
+                                   auto r = body.template compute<2>(e + i);
+                                   body.add_noise(r, {{z0, z1}});
+                                   body.write(r, e + i);
+                                 });
 }
 template <class T>
 void run_drawn(const Segment<T>& g, int64_t n, bool masked, uint64_t block, PhiloxAt at) {

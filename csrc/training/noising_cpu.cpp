@@ -127,17 +127,17 @@ struct LossOp {
     if (a->weight_kind == kGivenWeight)
       w = a->schedule.wide ? real(static_cast<const double*>(a->weight)[sample])
                            : real(static_cast<const float*>(a->weight)[sample]);
-    c[0] = r.p;
-    c[1] = r.q;
+    c[0] = -r.p;
+    c[1] = -r.q;
     c[2] = w;
     c[3] = real(2.0 * double(w) / double(a->numel));
   }
   GMK_HD_MEMBER static bool hides_data(const real* c) { return kData && c[0] == 0; }
   template <bool kMasked, class C, class... Count>
   GMK_HD_MEMBER void word(int64_t at, V z, const C& c, State& state, Count... count) const {
-    V target = c(1) * hidden<kMasked>(z, c(1));
-    if constexpr (kData) target = madd(c(0), hidden<kMasked>(get(x0 + at, count...), c(0)), target);
-    const V d = first_lanes(get(pred + at, count...) - target, count...);
+    V d = madd(c(1), hidden<kMasked>(z, c(1)), get(pred + at, count...));
+    if constexpr (kData) d = madd(c(0), hidden<kMasked>(get(x0 + at, count...), c(0)), d);
+    d = first_lanes(d, count...);
     state.lanes = madd(first_lanes(c(2) * d, count...), d, state.lanes);  // lanes behind the last have no c
     if constexpr (kGrad) put(grad + at, c(3) * d, count...);
   }

@@ -103,9 +103,11 @@ class Noised {
     const Op op = op_;
     for (int64_t e = 0; e < n; e += kChunk) {
       State now;
-      each_normals(block + uint64_t(e / 4), at, [&](int64_t i, vfloat z) __attribute__((always_inline)) {
-        op.template word<kMasked>(first + e + i, (V)z, row, now);
-      });
+      each_normals<false>(block + uint64_t(e / 4), at,
+                          [&](int64_t i, vfloat z0, vfloat z1) __attribute__((always_inline)) {
+                            op.template word<kMasked>(first + e + i, (V)z0, row, now);
+                            op.template word<kMasked>(first + e + i + kLanes, (V)z1, row, now);
+                          });
       state.add(now);
     }
   }
