@@ -1,5 +1,5 @@
 // ema_update takes lists of tensors, so its bindings are written out: the general ones by addresses, as every kernel has,
-// and the fast route that reads the tensors itself (core/plain_tensor.h): 600 tensors in some 20 us.
+// and the fast route that reads the tensors itself (core/plain_tensor.h).
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 #include "core/plain_tensor.h"
 #include "core/tensor_args.h"
 #include "training/ema.h"
+#include "training/known_lists.h"
 
 namespace gmk {
 
@@ -62,17 +63,9 @@ void run(const EmaUpdate& a, int device, int threads, Address stream) {
   raise_if(status, "ema_update");
 }
 
-// Do two of the averages share memory, or one of them part of a value that is not its own? Tensors are passed again step
-// after step: a list that was found good is known by a hash of its addresses.
-bool overlap(const std::vector<EmaPair>& pairs, const std::vector<PlainTensor>& values, std::vector<char*>* ends) {
-  static uint64_t known = 0;  // under the GIL
-  uint64_t hash = 0x9e3779b97f4a7c15u;
-  for (const EmaPair& p : pairs)
-    for (const uint64_t word : {uint64_t(p.ema), uint64_t(p.value), uint64_t(p.numel)}) {
-      hash = (hash ^ word) * 0xff51afd7ed558ccdu;
-      hash ^= hash >> 32;
-    }
-  if (hash == known) return false;
+// Do two of the averages share memory, or one of them part of a value that is not its own?
+bool overlap(const std::vector<EmaPair>& pairs, const std::vector<PlainTensor>& values,
+             const std::vector<char*>& ends) {
   std::vector<size_t> order;
   for (size_t i = 0; i < pairs.size(); ++i) {
     if (pairs[i].numel > 0) order.push_back(i);
@@ -80,16 +73,15 @@ bool overlap(const std::vector<EmaPair>& pairs, const std::vector<PlainTensor>& 
   const auto begin = [&](size_t i) { return static_cast<char*>(pairs[i].ema); };
   std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return begin(a) < begin(b); });
   for (size_t i = 1; i < order.size(); ++i)
-    if ((*ends)[order[i - 1]] > begin(order[i])) return true;
+    if (ends[order[i - 1]] > begin(order[i])) return true;
   for (size_t i = 0; i < pairs.size(); ++i) {
     const PlainTensor& v = values[i];
     if (v.numel <= 0) continue;
     // the first average that ends behind the beginning of the value
-    auto at = std::partition_point(order.begin(), order.end(), [&](size_t j) { return (*ends)[j] <= v.data; });
+    auto at = std::partition_point(order.begin(), order.end(), [&](size_t j) { return ends[j] <= v.data; });
     for (; at != order.end() && begin(*at) < v.data + v.bytes; ++at)
-      if (*at != i || begin(i) != v.data || (*ends)[i] != v.data + v.bytes) return true;
+      if (*at != i || begin(i) != v.data || ends[i] != v.data + v.bytes) return true;
   }
-  known = hash;
   return false;
 }
 
@@ -102,8 +94,11 @@ bool ema_update_plain(const py::tuple& ema, const py::tuple& values, double deca
 #else
   constexpr bool kCuda = false;
 #endif
+  static KnownLists& lists = *new KnownLists;  // never destroyed: at exit Python is gone before
   const size_t n = ema.size();
   if (n == 0 || values.size() != n) return false;
+  PyObject* const* const averages = PySequence_Fast_ITEMS(ema.ptr());
+  PyObject* const* const weights = PySequence_Fast_ITEMS(values.ptr());
   std::vector<EmaPair> pairs(n);
   std::vector<PlainTensor> sources(n);
   std::vector<char*> ends(n);
@@ -112,9 +107,7 @@ bool ema_update_plain(const py::tuple& ema, const py::tuple& values, double deca
   for (size_t i = 0; i < n; ++i) {
     PlainTensor e;
     PlainTensor& v = sources[i];
-    if (!plain(PyTuple_GET_ITEM(ema.ptr(), i), false, &e, kCuda) ||
-        !plain(PyTuple_GET_ITEM(values.ptr(), i), false, &v, kCuda))
-      return false;
+    if (!contiguous(averages[i], &e, kCuda) || !contiguous(weights[i], &v, kCuda)) return false;
     if (i == 0) device = e.device;
     if (e.device != device || v.device != device || e.dtype < 0 || !ema_types(e.dtype, v.dtype) || e.ndim != v.ndim ||
         !std::equal(e.shape, e.shape + e.ndim, v.shape))
@@ -123,7 +116,16 @@ bool ema_update_plain(const py::tuple& ema, const py::tuple& values, double deca
     ends[i] = e.data + e.bytes;
     total += e.numel;
   }
-  if (overlap(pairs, sources, &ends)) return false;
+  // An object is negated for life, unless `.data =` gave it the same memory negated: that is an imaginary part, which begins
+  // at an odd element.
+  const Known known = lists.look_up(pairs, averages, weights);
+  const auto may_be_negated = [&](PyObject* t, const void* data) {
+    return (known != Known::kObjects || reinterpret_cast<Address>(data) % 16 != 0) && negated(t);
+  };
+  for (size_t i = 0; i < n; ++i)
+    if (may_be_negated(averages[i], pairs[i].ema) || may_be_negated(weights[i], pairs[i].value)) return false;
+  if (known == Known::kNo && overlap(pairs, sources, ends)) return false;
+  if (known != Known::kObjects) lists.remember(pairs, averages, weights);
   const EmaUpdate a{pairs.data(), int64_t(n), decay};
   int threads = 1;
   Address stream = 0;
