@@ -3,7 +3,7 @@
 import torch
 
 from .. import ops, reference
-from ..reference.noising import TARGETS
+from ..reference.noising import STREAM_ADD_NOISE, TARGETS
 from .case import Case
 
 OPS = ("add_noise", "denoising_loss", "flow_pair", "ema_update_")
@@ -79,7 +79,7 @@ def _add(shape, device):
         return ops.add_noise(x0, t, schedule, seed=0, target="v")
 
     def error():
-        z = ops.philox_normal(shape, 0, 0, 7, device=device).double()
+        z = ops.philox_normal(shape, 0, 0, STREAM_ADD_NOISE, device=device).double()
         args = (x0.double(), t, schedule.double(), z, None, TARGETS.index("v"))
         return _error(ours(), reference.noising.add_noise_target(*args))
 
@@ -117,7 +117,7 @@ def _loss(shape, device, goals):
         return ops.add_noise(x0, t, schedule, seed=0), ops.denoising_loss(pred, x0, t, schedule, 0, target="v")
 
     def error():
-        z = ops.philox_normal(shape, 0, 0, 7, device=device).double()
+        z = ops.philox_normal(shape, 0, 0, STREAM_ADD_NOISE, device=device).double()
         args = (x0.double(), t, schedule.double(), z, None, TARGETS.index("v"))
         xt, v = reference.noising.add_noise_target(*args)
         d = pred.detach().double() - v
