@@ -14,6 +14,15 @@ def pytest_configure(config):
     os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def threads_and_isa():
+    """What a test may set and leave."""
+    threads, isa = torch.get_num_threads(), _C.isa()
+    yield
+    torch.set_num_threads(threads)
+    _C.set_isa(isa)
+
+
 @pytest.fixture(params=["cpu", "simt", "cuda"])
 def device(request):
     """Every test that takes `device` runs on the CPU kernels, on the CUDA kernels in the emulator, and on a GPU."""
@@ -33,10 +42,8 @@ def device(request):
 @pytest.fixture(params=_C.isas())
 def isa(request):
     """Every instruction set of this machine, one after the other."""
-    before = _C.isa()
     _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
+    return request.param
 
 
 @pytest.fixture

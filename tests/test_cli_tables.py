@@ -20,10 +20,7 @@ HOLES = holes(X, 0.2)
 @pytest.fixture(autouse=True)
 def one_thread():
     """Thousands of tiny steps: threads that wait for a busy machine take minutes."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def lines(x=HOLES, header="a,b,c", mark=""):

@@ -134,13 +134,10 @@ def test_products_that_overflow_in_the_last_features(isa, dtype, huge):
     x, lw, means, p = near(2 * ops.GMM_EM_ROWS, 16, 20, "full", dtype, 1.0)
     means[:, 12], means[5, 12], means[5, 0], x[:, 12] = huge, -huge, 100, huge
     x[: ops.GMM_EM_ROWS, :8] *= 0.01
-    threads, sums = torch.get_num_threads(), []
-    try:
-        for rows, count in ((x, 1), (x, 2), (x.flip(0), 1)):
-            torch.set_num_threads(count)
-            sums.append(ops.gmm_em_statistics(rows, lw, means, p, "full").log_likelihood)
-    finally:
-        torch.set_num_threads(threads)
+    sums = []
+    for rows, count in ((x, 1), (x, 2), (x.flip(0), 1)):
+        torch.set_num_threads(count)
+        sums.append(ops.gmm_em_statistics(rows, lw, means, p, "full").log_likelihood)
     dense = ops.gmm_log_prob(x, lw, means, p, "full").double().sum()
     for ll in sums:
         assert ll.isnan() == dense.isnan()
@@ -150,14 +147,10 @@ def test_products_that_overflow_in_the_last_features(isa, dtype, huge):
 def test_same_bits_on_any_thread_count(isa, covariance_type):
     args = near(3 * ops.GMM_EM_ROWS + 5, 32, 20, covariance_type, F32, 1.2)
     args[0][ops.GMM_EM_ROWS : ops.GMM_EM_ROWS + 900] *= 0.01  # rows that meet all components: given up for a while
-    threads = torch.get_num_threads()
-    try:
-        sums = []
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            sums.append(ops.gmm_em_statistics(*args, covariance_type).sums)
-    finally:
-        torch.set_num_threads(threads)
+    sums = []
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
+        sums.append(ops.gmm_em_statistics(*args, covariance_type).sums)
     assert all(torch.equal(sums[0], other) for other in sums[1:])
     assert _C.isa() == isa
 

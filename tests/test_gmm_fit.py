@@ -304,29 +304,21 @@ def test_leading_dimensions_broadcast(covariance_type):
 
 @pytest.mark.parametrize("covariance_type", TYPES)
 def test_same_bits_on_any_number_of_threads(isa, covariance_type):
-    before = torch.get_num_threads()
-    try:
-        for k in (3, 9):
-            results = []
-            for threads in (1, 2, 8):
-                torch.set_num_threads(threads)
-                results.append(ops.gmm_fit(rows_of(40, n=70, k=k, dtype=F32), k, covariance_type, seed=0, max_iter=8))
-            assert same_bits(results[0], results[1]) and same_bits(results[0], results[2])
-    finally:
-        torch.set_num_threads(before)
+    for k in (3, 9):
+        results = []
+        for threads in (1, 2, 8):
+            torch.set_num_threads(threads)
+            results.append(ops.gmm_fit(rows_of(40, n=70, k=k, dtype=F32), k, covariance_type, seed=0, max_iter=8))
+        assert same_bits(results[0], results[1]) and same_bits(results[0], results[2])
 
 
 def test_instruction_sets_agree():
     """To rounding; picks and labels, which no rounding may decide, exactly."""
     x = torch.round(2 * rows_of(50, n=70, k=3))  # full of equal distances
     results = []
-    before = _C.isa()
-    try:
-        for name in _C.isas():
-            _C.set_isa(name)
-            results.append((ops.gmm_fit(x, 3, seed=0, max_iter=0), ops.gmm_fit(x, 3, seed=0, max_iter=5)))
-    finally:
-        _C.set_isa(before)
+    for name in _C.isas():
+        _C.set_isa(name)
+        results.append((ops.gmm_fit(x, 3, seed=0, max_iter=0), ops.gmm_fit(x, 3, seed=0, max_iter=5)))
     for start, fit in results[1:]:
         assert torch.equal(start.weights, results[0][0].weights)
         for name in PARAMETERS[:4]:

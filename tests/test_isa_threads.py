@@ -18,14 +18,6 @@ EXACT = {"philox_normal", "philox_uniform"}
 STEPS = {"schedulers": 10}  # of TOLERANCE: 50 steps, one after the other
 
 
-@pytest.fixture(autouse=True)
-def as_before():
-    isa, threads = _C.isa(), torch.get_num_threads()
-    yield
-    _C.set_isa(isa)
-    torch.set_num_threads(threads)
-
-
 def result(case, isa, threads):
     _C.set_isa(isa)
     torch.set_num_threads(threads)

@@ -13,7 +13,6 @@ from gmkernels import _C, GaussianMixture, ops, reference
 from gmkernels.ops.kmeans import local_trials
 from kmeans_cases import F32, F64, clusters, uniforms_of, weights_of
 from mixture_data import quiet, rows
-from same_threads import same_threads  # noqa: F401  (a fixture)
 
 # n, d, k: around the words of every instruction set, the blocks of 4 centres, the groups of 2048 rows
 SHAPES = [(1, 1, 1), (5, 3, 5), (33, 2, 3), (70, 17, 4), (131, 16, 7), (300, 5, 33), (2049, 3, 6), (4100, 9, 13)]
@@ -231,12 +230,10 @@ def test_same_bits_on_any_number_of_threads(isa, dtype):
 
 def test_instruction_sets_agree():
     x = clusters(5000, 6)
-    before = _C.isa()
     made = []
     for isa in _C.isas():
         _C.set_isa(isa)
         made.append(ops.kmeans(x, 9, seed=4))
-    _C.set_isa(before)
     for other in made[1:]:
         same(made[0], other, 1e-11)
 

@@ -8,7 +8,6 @@ import torch
 from gmkernels import ops
 from gmkernels.ops.kmeans import local_trials
 from kmeans_cases import F32, F64, clusters, uniforms_of, weights_of
-from same_threads import same_threads  # noqa: F401  (a fixture)
 
 # data sets, memory ----------------------------------------------------------------------------------------------------
 

@@ -330,16 +330,12 @@ def rounded_once(out, x, weight, bias, mask_type, gate=None, dilation=1):
 @pytest.mark.parametrize("gate", [None, GATE])
 @layouts
 def test_same_bits_on_any_number_of_threads(gate, nhwc, isa):
-    before = torch.get_num_threads()
     x, weight, bias = problem(3, 17, 70, 23, 29, 3, nhwc=nhwc, grad=True)
     results = []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            out = ops.masked_conv2d(x, weight, bias, gate=gate)
-            results.append((out, *torch.autograd.grad(out.square().sum(), (x, weight, bias))))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        out = ops.masked_conv2d(x, weight, bias, gate=gate)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (x, weight, bias))))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -418,12 +414,9 @@ def test_huge_dilation(device):
 
 def test_isas_agree():
     x, weight, bias = problem(2, 33, 66, 9, 11, 3)
-    before, results = _C.isa(), []
-    try:
-        for name in _C.isas():
-            _C.set_isa(name)
-            results.append(ops.masked_conv2d(x, weight, bias, gate=GATE))
-    finally:
-        _C.set_isa(before)
+    results = []
+    for name in _C.isas():
+        _C.set_isa(name)
+        results.append(ops.masked_conv2d(x, weight, bias, gate=GATE))
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-6)

@@ -132,17 +132,13 @@ def test_subnormal_numbers_may_count_as_zero(isa):
 @pytest.mark.parametrize("gate", [None, GATE])
 @pytest.mark.parametrize("size", [(3, 17, 70, 23, 29), (1, 128, 130, 16, 16)], ids=str)
 def test_same_bits_on_any_number_of_threads(gate, size, isa):
-    before = torch.get_num_threads()
     for nhwc in (False, True):
         x, weight, bias = problem(*size, 3, dtype=BF16, nhwc=nhwc, grad=True)
         results = []
-        try:
-            for threads in (1, 2, 3, 7):
-                torch.set_num_threads(threads)
-                out = ops.masked_conv2d(x, weight, bias, gate=gate)
-                results.append((out, *torch.autograd.grad(out.float().square().sum(), (x, weight, bias))))
-        finally:
-            torch.set_num_threads(before)
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            out = ops.masked_conv2d(x, weight, bias, gate=gate)
+            results.append((out, *torch.autograd.grad(out.float().square().sum(), (x, weight, bias))))
         for other in results[1:]:
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

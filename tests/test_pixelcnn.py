@@ -186,19 +186,15 @@ def test_forbidden_levels_are_never_drawn(device):
 def test_an_image_depends_on_no_other_one_and_on_no_thread(isa):
     n, shape, levels = 59, (1, 4, 5), 16
     weights, u = network(features=20, layers=3, hidden=24, outputs=16, rows=n), uniforms(n, *shape)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        want = SAMPLE(weights, n, shape, levels=levels, uniforms=u, return_logits=True)
-        for threads in (2, 3, 8):
-            torch.set_num_threads(threads)
-            assert same(weights, n, shape, levels, u, want)
-        for first, end in ((0, 1), (3, 5), (7, 13), (20, 59)):
-            some = replace(weights, bias_vertical=weights.bias_vertical[:, first:end],
-                           bias_horizontal=weights.bias_horizontal[:, first:end])
-            assert same(some, end - first, shape, levels, u[first:end], [t[first:end] for t in want])
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(1)
+    want = SAMPLE(weights, n, shape, levels=levels, uniforms=u, return_logits=True)
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        assert same(weights, n, shape, levels, u, want)
+    for first, end in ((0, 1), (3, 5), (7, 13), (20, 59)):
+        some = replace(weights, bias_vertical=weights.bias_vertical[:, first:end],
+                       bias_horizontal=weights.bias_horizontal[:, first:end])
+        assert same(some, end - first, shape, levels, u[first:end], [t[first:end] for t in want])
 
 
 def test_an_image_does_not_depend_on_its_batch(device):
@@ -346,15 +342,13 @@ def test_weights_for_another_instruction_set_are_refused():
 
     if len(_C.isas()) < 2:
         pytest.skip("there is one")
-    before = _C.isa()
-    try:
-        def other(*_):
-            _C.set_isa(next(name for name in _C.isas() if name != before))
+    isa = _C.isa()
 
-        with pytest.raises(RuntimeError, match="packed for another instruction set"):
-            pixelcnn.pixelcnn_sample(network(outputs=2), 1, (1, 2, 2), levels=2, callback=other)
-    finally:
-        _C.set_isa(before)
+    def other(*_):
+        _C.set_isa(next(name for name in _C.isas() if name != isa))
+
+    with pytest.raises(RuntimeError, match="packed for another instruction set"):
+        pixelcnn.pixelcnn_sample(network(outputs=2), 1, (1, 2, 2), levels=2, callback=other)
 
 
 def test_under_torch_compile_it_is_a_call_like_any_other():
