@@ -232,9 +232,9 @@ def attempt_twice(first, second, i, x, m, history, then):
     (next sample, sample, x0) or None."""
     if not plain_eager():
         return None
-    if getattr(x, "dtype", None) is torch.float64:
-        return _two_plain(x, m, first.wide[i], history, second.wide[i], then, None, None, is_grad_enabled())
-    return _two_plain(x, m, first.narrow[i], history, second.narrow[i], then, None, None, is_grad_enabled())
+    wide = getattr(x, "dtype", None) is torch.float64
+    row, after = (first.wide[i], second.wide[i]) if wide else (first.narrow[i], second.narrow[i])
+    return _two_plain(x, m, row, history, after, then, None, None, is_grad_enabled())
 
 
 def fused(table, i, x, m, history=(), variance=None, clip=None, noise=False, seed=None, x0=True):

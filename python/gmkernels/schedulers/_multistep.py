@@ -4,17 +4,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from . import _dpm
 from ._base import alike, attempt, matched, output, x0_step
-from ._sigmas import Noised
+from ._solver import Solver
 from ._table import Table
 
 
-class Multistep(Noised):
-    """A subclass has `_kind()` of its levels and `_conversion(levels)`: (A, B) of the converted output."""
-
-    _absent_is_last = True
-
-    def _signal_and_noise(self, sigma):
-        return _dpm.signal_and_noise(sigma, self._kind())
+class Multistep(Solver):
+    """A subclass has `_conversion(levels)`: (A, B) of the converted output."""
 
     def _fused_step(self, model_output, timestep, sample, generator, noise, noise_dtype, return_dict):
         """None: diffusers' own step has to do it. `noise`: a tensor that was given, or None; `noise_dtype`: in which
@@ -71,17 +66,11 @@ class Multistep(Noised):
         facts = plan.tables["facts"] = highest, config.algorithm_type.startswith("sde"), config.solver_order
         return facts
 
-    def _tables(self, plan):
-        return [self._table(plan, order) for order in range(1, self.config.solver_order + 1)]
-
     def _table(self, plan, order):
         table = plan.tables.get(order)
         if table is None:
             config, count = self.config, len(plan.times)
-            sigmas = self._levels()
-            if len(sigmas) != count + 1:
-                raise ValueError(f"sigmas must be one more than the {count} timesteps, got {len(sigmas)}")
-            levels = _dpm.Levels(sigmas, self._kind())
+            sigmas, levels = self._run_levels(plan)
             now, before, before2 = (_dpm.shifted(levels, count, by) for by in range(3))
             to = levels.at(slice(1, None))
             c1, m, s = _dpm.multistep(config.algorithm_type, config.solver_type, order, to, now, before, before2)

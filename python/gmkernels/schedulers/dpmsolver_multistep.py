@@ -22,8 +22,5 @@ class DPMSolverMultistepScheduler(Multistep, diffusers.DPMSolverMultistepSchedul
             return super().step(model_output, timestep, sample, generator, variance_noise, return_dict)
         return result
 
-    def _kind(self):
-        return "flow" if self.config.use_flow_sigmas else "vp"
-
     def _conversion(self, now, sigma):
         return _dpm.conversion(self.config.prediction_type, self._to_noise(), now, sigma, "DPMSolverMultistepScheduler")

@@ -5,15 +5,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from . import _dpm
 from ._base import drop_in, matched, output, x0_step
-from ._sigmas import Noised
+from ._solver import Solver
 from ._table import Table
 
 
 @drop_in
-class DPMSolverSinglestepScheduler(Noised, diffusers.DPMSolverSinglestepScheduler):
+class DPMSolverSinglestepScheduler(Solver, diffusers.DPMSolverSinglestepScheduler):
     """diffusers' :class:`DPMSolverSinglestepScheduler` with one kernel call per step (docs/schedulers.md)."""
-
-    _absent_is_last = True
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         plan = self._ready()
@@ -42,23 +40,11 @@ class DPMSolverSinglestepScheduler(Noised, diffusers.DPMSolverSinglestepSchedule
         self._step_index = i + 1
         return output(SchedulerOutput, prev_sample=prev) if return_dict else (prev,)
 
-    def _kind(self):
-        return "flow" if self.config.use_flow_sigmas else "vp"
-
-    def _signal_and_noise(self, sigma):
-        return _dpm.signal_and_noise(sigma, self._kind())
-
-    def _tables(self, plan):
-        return [self._table(plan, order) for order in range(1, self.config.solver_order + 1)]
-
     def _table(self, plan, order):
         table = plan.tables.get(order)
         if table is None:
             config, count = self.config, len(plan.times)
-            sigmas = self._levels()
-            if len(sigmas) != count + 1:
-                raise ValueError(f"sigmas must be one more than the {count} timesteps, got {len(sigmas)}")
-            levels = _dpm.Levels(sigmas, self._kind())
+            sigmas, levels = self._run_levels(plan)
             to, now = levels.at(slice(1, None)), levels.at(slice(0, -1))
             start = _dpm.shifted(levels, count, order - 1)
             x, m, s = _dpm.singlestep(config.algorithm_type, config.solver_type, order, to, now,

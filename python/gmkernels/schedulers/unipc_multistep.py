@@ -6,16 +6,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from .. import ops
 from . import _dpm, _unipc
 from ._base import attempt_twice, drop_in, fused, fused_twice, matched, output
-from ._sigmas import Noised
+from ._solver import Solver
 from ._table import Table
 
 
 @drop_in
-class UniPCMultistepScheduler(Noised, diffusers.UniPCMultistepScheduler):
+class UniPCMultistepScheduler(Solver, diffusers.UniPCMultistepScheduler):
     """diffusers' :class:`UniPCMultistepScheduler` with one kernel call per step, corrector and
     predictor in one; three of order 3 (docs/schedulers.md)."""
-
-    _absent_is_last = True
 
     def step(self, model_output, timestep, sample, return_dict=True):
         plan = self._ready()
@@ -80,12 +78,6 @@ class UniPCMultistepScheduler(Noised, diffusers.UniPCMultistepScheduler):
         facts = plan.tables["facts"] = highest, most
         return facts
 
-    def _kind(self):
-        return "flow" if self.config.use_flow_sigmas else "vp"
-
-    def _signal_and_noise(self, sigma):
-        return _dpm.signal_and_noise(sigma, self._kind())
-
     def _tables(self, plan):
         tables = []
         for order in range(1, min(self.config.solver_order, 3) + 1):
@@ -96,10 +88,7 @@ class UniPCMultistepScheduler(Noised, diffusers.UniPCMultistepScheduler):
     def _common(self, plan):
         found = plan.tables.get("levels")
         if found is None:
-            sigmas, count = self._levels(), len(plan.times)
-            if len(sigmas) != count + 1:
-                raise ValueError(f"sigmas must be one more than the {count} timesteps, got {len(sigmas)}")
-            levels = _dpm.Levels(sigmas, self._kind())
+            sigmas, levels = self._run_levels(plan)
             A, B = _dpm.conversion(self.config.prediction_type, not self.predict_x0, levels.at(slice(0, -1)),
                                    sigmas[:-1], "UniPCMultistepScheduler")
             found = plan.tables["levels"] = levels, A, B
