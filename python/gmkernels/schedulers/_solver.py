@@ -5,6 +5,8 @@ from ._sigmas import Noised
 
 
 class Solver(Noised):
+    """A subclass has `_table(plan, order)`, or `_tables` of its own."""
+
     _absent_is_last = True
 
     def _kind(self):
