@@ -20,7 +20,11 @@ def cases(quick, device):
     yield _tiny(device)
     yield _plan(device)
     yield _multistep(latents, device, {"eager": 7.0, "torch.compile": 4.0} if cpu else {})
+    yield _multistep_loop(latents, device, {"eager": 7.0, "torch.compile": 4.0} if cpu else {})
     if not quick:
+        yield _ddim_loop(latents, device, {"eager": 3.0, "torch.compile": 4.0} if cpu else {})
+        yield _ddim_loop(images, device, {})
+        yield _multistep_loop(images, device, {"eager": 4.0, "diffusers": 12.0} if cpu else {})
         yield _ddim(latents, device, goals={"eager": 3.0, "torch.compile": 4.0} if cpu else {})
         yield _ddpm(images, device, goals={"eager": 10.0, "diffusers": 20.0} if cpu else {})
         yield _multistep(images, device, {"eager": 4.0, "diffusers": 12.0} if cpu else {}, share_goal=0.9)
@@ -197,6 +201,75 @@ def _multistep(shape, device, goals=None, dtype=torch.float32, share_goal=0.0):
          "diffusers": _scheduler("DPMSolverMultistepScheduler", x, m), **_in_float32(ours, x, m, h, out, x0)},
         bytes=5 * x.numel() * x.element_size(), error=_error(ours, (x, m), row, history=(h,)),
         share_goal=share_goal, note="eager: as the formula is written; folded: in place", **_kind(dtype, goals),
+    )
+
+
+# Loops write a step's results where its inputs were. The model predicts a velocity there: the numbers come to rest, so
+# that they stay ordinary ones however often the step is repeated.
+
+
+def _ddim_loop(shape, device, goals):
+    x, m = _tensors(2, shape, device)
+    mine, theirs, last = x.clone(), x.clone(), [x]
+    values = coefficients.ddim(_A, _A_NEXT, "v_prediction")
+    row = _row(values, device)
+    A, B, c0, c1 = values[:4]
+    scale, shift = c0 * A + c1, c0 * B
+
+    def folded():
+        return theirs.mul_(scale).add_(m, alpha=shift)
+
+    def lines():
+        x = last[0]
+        x0 = A * x + B * m
+        last[0] = c0 * x0 + c1 * x
+
+    def step(x):
+        return ops.diffusion_step(x, m, row, out=x)
+
+    return Case(
+        "diffusion_step", f"DDIM {_name(shape)}, in place", lambda: step(mine),
+        {"eager": lines, "eager, folded": folded, "torch.compile": torch.compile(folded),
+         "diffusers": _scheduler("DDIMScheduler", x, m, clip_sample=False, prediction_type="v_prediction")},
+        bytes=3 * x.numel() * x.element_size(), error=_error(lambda: step(x.clone()), (x, m), row), goals=goals,
+        note="out=x; eager: as the formula is written; folded: one scale and one shift, in place",
+    )
+
+
+def _multistep_loop(shape, device, goals):
+    x, m, h = _tensors(3, shape, device)
+    mine, others, theirs, last = ([t.clone() for t in (x, h, m)] for _ in range(4))
+    values = coefficients.dpmpp_2m(_A, _A_NEXT, _A_BEFORE, "v_prediction")
+    row = _row(values, device)
+    A, B, c0, c1, c2 = values[:5]
+
+    def folded():
+        x, h, now = theirs
+        torch.mul(x, A, out=now).add_(m, alpha=B)
+        x.mul_(c1).add_(now, alpha=c0).add_(h, alpha=c2)
+        theirs[1:] = now, h
+
+    @torch.compile
+    def compiled(x, h):
+        now = A * x + B * m
+        x.copy_(c0 * now + c1 * x + c2 * h)
+        h.copy_(now)
+
+    def lines():
+        x, h, _ = last
+        now = A * x + B * m
+        last[:2] = c0 * now + c1 * x + c2 * h, now
+
+    def step(x, h):
+        return ops.diffusion_step(x, m, row, history=(h,), out=x, x0_out=h)
+
+    return Case(
+        "diffusion_step", f"DPM-Solver++ 2M {_name(shape)}, in place", lambda: step(*mine[:2]),
+        {"eager": lines, "eager, folded": folded, "torch.compile": lambda: compiled(*others[:2]),
+         "diffusers": _scheduler("DPMSolverMultistepScheduler", x, m, prediction_type="v_prediction")},
+        bytes=5 * x.numel() * x.element_size(), goals=goals,
+        error=_error(lambda: step(x.clone(), h.clone()), (x, m), row, history=(h,)),
+        note="out=x, x0_out=h; eager: as the formula is written; folded: in place",
     )
 
 

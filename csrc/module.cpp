@@ -39,6 +39,7 @@ PYBIND11_MODULE(_C, m) {
   bind_pixelcnn(m);
 
   m.def("adopt_torch", adopt_torch);
+  m.def("adopt_threads", adopt_threads);
   m.def("isa", [] { return isa_name(isa_current()); });
   m.def("isas", [] {
     py::list names;

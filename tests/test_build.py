@@ -177,7 +177,11 @@ FORK = """
 import os, signal, torch, gmkernels
 from gmkernels import ops
 torch.set_num_threads(2)
-draw = lambda: ops.philox_normal((1 << 18,), seed=3).numpy().tobytes()
+def draw():
+    x = ops.philox_normal((1 << 18,), seed=3)
+    ops.diffusion_step(x, x, torch.tensor([1.0, 0.5, 0.5, 0.5, 0, 0, 0, 0]), out=x)
+    ops.ema_update_([x], [ops.philox_normal((1 << 18,), seed=4)], 0.5)
+    return x.numpy().tobytes()
 want = draw()  # a parallel region in the parent
 child = os.fork()
 if child == 0:

@@ -303,19 +303,33 @@ def test_overlaps_are_refused(device):
         ops.diffusion_step(other, other, c, noise=True, seed=seed, out=x)
 
 
-def test_out_bumps_the_version_counter():
-    for route in ("fast", "general"):
-        x = cases.data(5, dtype=torch.float32, grad=True)
-        saved, saved_x0 = x * 1.0, x * 2.0
-        y = saved.exp() + saved * saved + saved_x0 * saved_x0
-        with torch.no_grad():
-            out, x0 = saved.detach(), saved_x0.detach()
-            before = out._version, x0._version
-            other = torch.ones(5) if route == "fast" else torch.ones(10)[::2]
-            ops.diffusion_step(other, other, coefficients(), out=out, x0_out=x0)
-            assert out._version > before[0] and x0._version > before[1]
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            y.sum().backward()
+@pytest.mark.parametrize("route", ["fast", "general", "plan"])
+def test_out_bumps_the_version_counter(route):
+    plan, other = ops.DiffusionPlan(coefficients()[None]), torch.ones(10)[::2] if route == "general" else torch.ones(5)
+
+    def step(**outs):
+        call = (plan, 0) if route == "plan" else (ops.diffusion_step, coefficients())
+        call[0](other, other, call[1], **outs)
+
+    x = cases.data(5, dtype=torch.float32, grad=True)
+    saved, saved_x0 = x * 1.0, x * 2.0
+    y = saved.exp() + saved * saved + saved_x0 * saved_x0
+    with torch.no_grad():
+        out, x0 = saved.detach(), saved_x0.detach()
+        before = out._version, x0._version
+        step(out=out)
+        assert out._version > before[0] and x0._version == before[1]
+        step(x0_out=x0)
+        assert x0._version > before[1]
+        before = out._version, x0._version
+        step(out=out, x0_out=x0)
+        assert out._version > before[0] and x0._version > before[1]
+        with torch.inference_mode():
+            timeless = torch.empty(5)  # has no version
+        step(out=timeless, x0_out=x0)
+        assert torch.equal(timeless, out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 # random shapes -------------------------------------------------------------------------------------------------------

@@ -45,7 +45,10 @@ struct TorchPieces {
   PyTypeObject* parameter = nullptr;
   PyObject* empty_like = nullptr;
   PyObject* threads = nullptr;   // () -> int
+  PyObject* written = nullptr;   // (tuple of tensors) -> None: their versions grow
   PyCFunction is_neg = nullptr;  // the method's own C function: 56 ns, where a call by name takes 70
+  getter requires_grad = nullptr;
+  void* of_requires_grad = nullptr;  // what that getter is to be called with
   int (*describe)(void*, DLTensor*) = nullptr;
 };
 inline TorchPieces& torch_pieces() {
@@ -128,13 +131,15 @@ inline bool negated(PyObject* t) { return truth(torch_pieces().is_neg(t, nullptr
 // negation and (where `grad` says that gradients are recorded) not part of a graph? Never raises.
 inline bool plain(PyObject* t, bool grad, PlainTensor* out, bool cuda = false) {
   if (!contiguous(t, out, cuda)) return false;
-  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
-  return !(grad && truth(PyObject_GetAttr(t, requires_grad))) && !negated(t);
+  const TorchPieces& torch = torch_pieces();
+  return !(grad && truth(torch.requires_grad(t, torch.of_requires_grad))) && !negated(t);
 }
 
-// _C.adopt_torch(torch.Tensor, torch.nn.Parameter, torch.empty_like, threads) -> are fast routes open?
+// _C.adopt_threads(() -> int): how many threads a fast route takes.
+inline void adopt_threads(pybind11::object threads) { torch_pieces().threads = threads.release().ptr(); }
+// _C.adopt_torch(torch.Tensor, torch.nn.Parameter, torch.empty_like, threads, written) -> are fast routes open?
 inline bool adopt_torch(pybind11::object tensor, pybind11::object parameter, pybind11::object empty_like,
-                        pybind11::object threads) {
+                        pybind11::object threads, pybind11::object written) {
   namespace py = pybind11;
   TorchPieces& torch = torch_pieces();
   if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return false;
@@ -149,11 +154,17 @@ inline bool adopt_torch(pybind11::object tensor, pybind11::object parameter, pyb
   if (Py_TYPE(is_neg) != &PyMethodDescr_Type) return false;
   const PyMethodDef* const method = reinterpret_cast<PyMethodDescrObject*>(is_neg)->d_method;
   if (method->ml_flags != METH_NOARGS) return false;
+  PyObject* const requires_grad = py::object(tensor.attr("requires_grad")).release().ptr();
+  if (Py_TYPE(requires_grad) != &PyGetSetDescr_Type) return false;
+  const PyGetSetDef* const property = reinterpret_cast<PyGetSetDescrObject*>(requires_grad)->d_getset;
+  torch.requires_grad = property->get;
+  torch.of_requires_grad = property->closure;
   torch.is_neg = method->ml_meth;
   torch.tensor = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
   torch.parameter = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
   torch.empty_like = empty_like.release().ptr();
-  torch.threads = threads.release().ptr();
+  adopt_threads(threads);
+  torch.written = written.release().ptr();
   torch.describe = api->dltensor_from_py_object_no_sync;
   return true;
 }

@@ -44,6 +44,15 @@ class PlainStep {
   const DiffusionStep& step() const { return a_; }
   PyObject* out() const { return out_; }
   PyObject* x0() const { return x0_; }
+  // Autograd must notice that the tensors which it may have saved, those that were given, have changed.
+  bool tell() const {
+    PyObject *const out = args_[12], *const x0 = args_[13];
+    if (out == Py_None && x0 == Py_None) return true;
+    const Py_ssize_t both = out != Py_None && x0 != Py_None;
+    const Owned given{PyTuple_Pack(1 + both, out != Py_None ? out : x0, x0)};
+    const Owned done{given.p ? PyObject_CallOneArg(torch_pieces().written, given.p) : nullptr};
+    return done.p;
+  }
   bool reads_part_of(const PlainStep& o) const { return !apart(o.made_[0]) || !apart(o.made_[1]); }
 
  private:
@@ -189,7 +198,7 @@ PyObject* diffusion_step_plain(PyObject*, PyObject* const* args, Py_ssize_t coun
   }
   PlainStep step(args);
   if (!step.known()) return stand_aside();
-  if (!run(&step.step(), 1)) return nullptr;
+  if (!run(&step.step(), 1) || !step.tell()) return nullptr;
   if (args[11] != Py_True) return Py_NewRef(step.out());
   return PyTuple_Pack(2, step.out(), step.x0());
 }
@@ -214,7 +223,7 @@ PyObject* diffusion_two_steps_plain(PyObject*, PyObject* const* args, Py_ssize_t
   PlainStep b(second, a);
   if (!b.known() || b.reads_part_of(a)) return stand_aside();
   const DiffusionStep steps[] = {a.step(), b.step()};
-  return run(steps, 2) ? PyTuple_Pack(3, b.out(), a.out(), a.x0()) : nullptr;
+  return run(steps, 2) && a.tell() ? PyTuple_Pack(3, b.out(), a.out(), a.x0()) : nullptr;
 }
 
 // same_floats(tensor, ...) -> are all plain tensors of one floating dtype and one shape? A False may be wrong.

@@ -21,7 +21,7 @@ import warnings
 import torch
 from torch import is_grad_enabled
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from . import _C
 
@@ -69,6 +69,7 @@ _forked = False
 def _after_fork():
     global _forked
     _forked = True
+    _C.adopt_threads(threads)
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -79,19 +80,30 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
-_C.adopt_torch(torch.Tensor, torch.nn.Parameter, torch.empty_like, threads)
+try:  # Private. In later versions of torch it takes many tensors, and passes over those made in inference mode.
+    from torch._C import _increment_version
+
+    with torch.inference_mode():
+        _increment_version((torch.empty(0, device="cpu"),))
+except (ImportError, TypeError, RuntimeError):
+
+    def _increment_version(tensors):
+        for t in tensors:
+            if not t.is_inference():
+                torch.autograd.graph.increment_version(t)
+
+
+_C.adopt_torch(torch.Tensor, torch.nn.Parameter, torch.empty_like, torch.get_num_threads, _increment_version)
 
 
 def plain_eager() -> bool:
     """May an op try its fast route (csrc/core/plain_tensor.h), which checks the tensors but cannot see the modes?"""
-    return not is_compiling() and Kernel.backend is None and not _observed()
+    return not (is_dynamo_compiling() or Kernel.backend is not None or _observed())
 
 
 def written(*outs):
-    """Autograd must notice that tensors it may have saved have changed. None stands for an absent one."""
-    for o in outs:
-        if o is not None and not o.is_inference():
-            torch.autograd.graph.increment_version(o)
+    """Autograd must notice that tensors it may have saved have changed."""
+    _increment_version(outs)
 
 
 class Kernel:

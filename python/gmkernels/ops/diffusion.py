@@ -5,7 +5,7 @@ import math
 import torch
 
 from .. import _C, _call, reference
-from .._call import DTYPE_CODE, Kernel, Op, allocate, check_int, check_same_dtype, check_tensor, split_seed, written
+from .._call import DTYPE_CODE, Kernel, Op, allocate, check_int, check_same_dtype, check_tensor, split_seed
 from ..reference.diffusion import blend, guided, real_dtype, rows, term
 from .random import STREAM_DIFFUSION_STEP, STREAM_KNOWN
 from .random import _op as _philox
@@ -303,8 +303,6 @@ def diffusion_step(x, model_output, coefficients, *, uncond=None, guidance_scale
         result = _plain(x, model_output, coefficients, uncond, guidance_scale, history, variance, clip, noise, seed,
                         step, return_x0, out, x0_out, torch.is_grad_enabled())
         if result is not None:
-            if out is not None or x0_out is not None:
-                written(out, x0_out)
             return result
     return _general(x, model_output, coefficients, uncond, guidance_scale, history, variance, clip, noise, seed, step,
                     return_x0, out, x0_out, mask, known, known_scale, known_x0)

@@ -60,12 +60,12 @@ class DiffusionPlan:
     def __call__(self, x, model_output, i, *, uncond=None, history=(), variance=None, return_x0=False, out=None,
                  x0_out=None, **known):
         if type(i) is int and 0 <= i < len(self._rows):
-            if self._simple and not known and out is None and x0_out is None and _call.plain_eager():
-                result = _plain(x, model_output, self._rows[i], uncond, self.guidance_scale, history, variance,
-                                self.clip, self.noise, self.seed, i, return_x0, None, None, torch.is_grad_enabled())
+            row = self._rows[i]
+            if self._simple and not known and _call.plain_eager():
+                result = _plain(x, model_output, row, uncond, self.guidance_scale, history, variance, self.clip,
+                                self.noise, self.seed, i, return_x0, out, x0_out, torch.is_grad_enabled())
                 if result is not None:
                     return result
-            row = self._rows[i]
         elif isinstance(i, torch.Tensor):
             row = self.coefficients
         else:

@@ -121,10 +121,7 @@ def ema_update_(ema, values, decay):
         raise ValueError(f"decay must be in [0, 1], got {decay}")
     ema, values = tuple(ema), tuple(values)
     if decay != 1 and plain_eager() and _C.ema_update_plain(ema, values, decay, _stream):
-        try:
-            torch.autograd.graph.increment_version(ema)
-        except RuntimeError:
-            written(*ema)  # made in inference mode, some of them: those have no version
+        written(*ema)
         return
     if len(ema) != len(values):
         raise ValueError(f"values must hold as many tensors as ema, {len(ema)}, got {len(values)}")
