@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "core/error.h"
+
 #ifndef GMK_HD
 #ifdef __CUDACC__
 #define GMK_HD_MEMBER __host__ __device__ __forceinline__
@@ -23,5 +25,25 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+
+template <class T>
+struct Type {
+  using of = T;
+};
+// f(Type<T>{}) for the T of a code: by_dtype(a.dtype, [&](auto type) { return launch<typename decltype(type)::of>(a); })
+template <class F>
+static inline Status by_dtype(int dtype, F f) {
+  switch (dtype) {
+    case kFloat32:
+      return f(Type<float>{});
+    case kFloat64:
+      return f(Type<double>{});
+    case kBFloat16:
+      return f(Type<bf16>{});
+    case kFloat16:
+      return f(Type<f16>{});
+  }
+  return "unknown dtype";
+}
 
 }  // namespace gmk

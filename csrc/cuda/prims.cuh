@@ -148,6 +148,18 @@ GMK_DEV T warp_sum(T v) {  // the same value in all 32 lanes, always added in th
   for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(kFullWarp, v, o);
   return v;
 }
+// The sum over the block, the same bits in every thread. Every thread calls it; parts: kWarps numbers of shared memory, free
+// again afterwards.
+template <int kWarps>
+GMK_DEV double block_sum(double v, double* parts) {
+  v = warp_sum(v);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
+  __syncthreads();
+  double sum = 0;
+  for (int i = 0; i < kWarps; ++i) sum += parts[i];
+  __syncthreads();
+  return sum;
+}
 template <class T>
 GMK_DEV T warp_max(T v) {  // NaN if any lane has one
 #pragma unroll

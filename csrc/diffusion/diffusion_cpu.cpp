@@ -197,17 +197,7 @@ Status diffusion_steps(const DiffusionStep* steps, int count, int threads) {
     a.step = uint32_t(row);
     steps = &a;
   }
-  switch (a.dtype) {
-    case kFloat32:
-      return run<float>(steps, count, threads);
-    case kFloat64:
-      return run<double>(steps, count, threads);
-    case kBFloat16:
-      return run<bf16>(steps, count, threads);
-    case kFloat16:
-      return run<f16>(steps, count, threads);
-  }
-  return "unknown dtype";
+  return by_dtype(a.dtype, [&](auto type) { return run<typename decltype(type)::of>(steps, count, threads); });
 }
 
 }  // namespace

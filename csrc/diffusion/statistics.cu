@@ -1,7 +1,7 @@
 // One block a sample. A quantile is found digit by digit (11 bits or less): each pass counts, in shared memory, the digits
 // of the numbers whose digits before are those already known; integers, so the order of counting does not matter. Bound:
 // memory (mostly L2), three passes for float32 and six for float64, and one more where the quantile lies between two numbers.
-#include "cuda/real.cuh"
+#include "cuda/groups.cuh"
 #include "diffusion/diffusion.h"
 #include "diffusion/statistics.h"
 
@@ -49,7 +49,7 @@ struct Magnitude {
       const R w = Real<T>::from(u[i]);
       v = w + guidance * (v - w);
     }
-    const R y = (a != R(0) ? a * Real<T>::from(x[i]) : R(0)) + (b != R(0) ? b * v : R(0));
+    const R y = term(a, Real<T>::from(x[i])) + term(b, v);
     return fabs(y);
   }
 };
@@ -128,18 +128,6 @@ __global__ void __launch_bounds__(kThreads, 2) quantile_kernel(StepStatistics s)
   }
 }
 
-// The sum over the block in thread 0, always added in the same order.
-GMK_DEV double block_sum(double v, double* parts) {
-  v = warp_sum(v);
-  __syncthreads();  // the one before has been read
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
-  __syncthreads();
-  double sum = 0;
-  if (threadIdx.x == 0)
-    for (int w = 0; w < kWarps; ++w) sum += parts[w];
-  return sum;
-}
-
 // n - 1 times the variance.
 GMK_DEV double rest_of(double sum, double squares, int64_t n) {
   const double rest = squares - sum * (sum / double(n));
@@ -166,8 +154,8 @@ __global__ void __launch_bounds__(kThreads) guidance_rescale_kernel(StepStatisti
         squares[k] += by[k] * by[k];
       }
     }
-    const double before = rest_of(block_sum(sum[0], parts), block_sum(squares[0], parts), n);
-    const double after = rest_of(block_sum(sum[1], parts), block_sum(squares[1], parts), n);
+    const double before = rest_of(block_sum<kWarps>(sum[0], parts), block_sum<kWarps>(squares[0], parts), n);
+    const double after = rest_of(block_sum<kWarps>(sum[1], parts), block_sum<kWarps>(squares[1], parts), n);
     if (threadIdx.x == 0) static_cast<R*>(s.out)[sample] = R(s.amount * sqrt(before / after) + (1 - s.amount));
   }
 }
@@ -184,17 +172,7 @@ Status launch(const StepStatistics& s, void* stream) {
 Status step_statistics_cuda(const StepStatistics& s, int device, void* stream) {
   if (s.numel <= 0) return kOk;
   const DeviceGuard guard(device);
-  switch (s.dtype) {
-    case kFloat32:
-      return launch<float>(s, stream);
-    case kFloat64:
-      return launch<double>(s, stream);
-    case kBFloat16:
-      return launch<bf16>(s, stream);
-    case kFloat16:
-      return launch<f16>(s, stream);
-  }
-  return "unknown dtype";
+  return by_dtype(s.dtype, [&](auto type) { return launch<typename decltype(type)::of>(s, stream); });
 }
 
 }  // namespace gmk

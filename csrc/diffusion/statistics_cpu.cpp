@@ -351,17 +351,7 @@ Status run(const StepStatistics& s, int threads) {
 
 Status step_statistics(const StepStatistics& s, int threads) {
   if (s.numel <= 0) return kOk;
-  switch (s.dtype) {
-    case kFloat32:
-      return run<float>(s, threads);
-    case kFloat64:
-      return run<double>(s, threads);
-    case kBFloat16:
-      return run<bf16>(s, threads);
-    case kFloat16:
-      return run<f16>(s, threads);
-  }
-  return "unknown dtype";
+  return by_dtype(s.dtype, [&](auto type) { return run<typename decltype(type)::of>(s, threads); });
 }
 
 }  // namespace

@@ -102,7 +102,7 @@ struct Fitter : Starter {
       for (int64_t c = 0; counts && c < a.k; ++c) m.r[c * a.n + i] *= w / sum;
       if (w != 0) own += w * (top + log(sum));
     }
-    const double likelihood = block_sum(own);
+    const double likelihood = block_sum<kWarps>(own, common.parts);
     add_rows();
     return likelihood / total;
   }

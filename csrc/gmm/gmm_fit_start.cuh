@@ -81,16 +81,6 @@ struct Starter {
     __syncthreads();
   }
 
-  // The sum of all threads' values, the same in all of them.
-  GMK_DEV double block_sum(double value) {
-    value = warp_sum(value);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) common.parts[threadIdx.x / 32] = value;
-    __syncthreads();
-    double sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += common.parts[w];
-    return sum;
-  }
   // The sum of part(row), by one warp: its lanes take every 32nd.
   template <class F>
   GMK_DEV double over_rows(const F& part) const {
@@ -108,7 +98,7 @@ struct Starter {
     __syncthreads();
     double own = 0;
     for (int64_t i = threadIdx.x; i < n; i += kThreads) own += m.weight[i] = weights ? double(weights[i]) : 1.0;
-    total = block_sum(own);
+    total = block_sum<kWarps>(own, common.parts);
     for (int64_t i = threadIdx.x; i < n * d; i += kThreads)
       m.x[i % d * n + i / d] = m.weight[i / d] != 0 ? double(from[i]) : 0.0;
     __syncthreads();
@@ -193,7 +183,7 @@ struct Starter {
           const double square = square_to(i, centre);
           own += m.weight[i] * (square < m.row[i] ? square : m.row[i]);
         }
-        const double left = block_sum(own);
+        const double left = block_sum<kWarps>(own, common.parts);
         if (t && !(left < least)) continue;
         least = left;
         best_row = candidate;

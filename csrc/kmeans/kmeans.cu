@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) kmeans_assign_kernel(Kme
         add_rows(slab, label, weight, rows, k, d, 1, global_x);
       }
     }
-    inertia = block_sum(inertia, parts);
-    const double all_changed = block_sum(double(changed), parts);
+    inertia = block_sum<kWarps>(inertia, parts);
+    const double all_changed = block_sum<kWarps>(double(changed), parts);
     if (t.copies && pass != kLast)
       for (int64_t i = threadIdx.x; i < count; i += kThreads) {
         double sum = 0;

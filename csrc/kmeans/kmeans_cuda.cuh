@@ -33,18 +33,6 @@ struct Weights {
   GMK_DEV T operator[](int64_t i) const { return given ? given[i] : T(1); }
 };
 
-// The sum over the block, the same bits in every thread. Every thread calls it; parts: kWarps numbers of shared memory,
-// free again afterwards.
-GMK_DEV double block_sum(double v, double* parts) {
-  v = warp_sum(v);
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
-  __syncthreads();
-  double sum = 0;
-  for (int i = 0; i < kWarps; ++i) sum += parts[i];
-  __syncthreads();
-  return sum;
-}
-
 // Features f0 .. f0 + width of the rows at x to tile[feature][row]. An odd stride: neither the features nor the rows of a
 // warp meet in a bank.
 template <class T>

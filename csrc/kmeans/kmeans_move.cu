@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) kmeans_move_kernel(KmeansLloyd a, in
     double* const sums = a.slab_sums + b * kmeans_slab_numbers(k, d);
     double none = 0;
     for (int64_t c = threadIdx.x; c < k; c += kThreads) none += !(sums[c * (d + 1) + d] > 0);
-    const int64_t empty = int64_t(block_sum(none, parts));
+    const int64_t empty = int64_t(block_sum<kWarps>(none, parts));
     int64_t heaviest = 0;
     if (empty) {
       relocate<T>(a, b, sums, empty, parts, warp_row);
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) kmeans_move_kernel(KmeansLloyd a, in
         center[f] = grouped[f * kCenters] = now;
       }
     }
-    shift = block_sum(shift, parts);
+    shift = block_sum<kWarps>(shift, parts);
     if (threadIdx.x == 0) {
       a.n_iter[b] = iteration;
       state.fresh = shift == 0;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 2) kmeans_enough_kernel(KmeansLloyd 
       const double mean = sums[f] / sums[2 * d];
       variance += sums[d + f] / sums[2 * d] - mean * mean;
     }
-    variance = block_sum(variance, parts);
+    variance = block_sum<kWarps>(variance, parts);
     if (threadIdx.x == 0) a.state[b].enough = a.tol * (variance / double(d));
   }
 }

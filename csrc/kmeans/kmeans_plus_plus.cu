@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 2) kmeans_draw_kernel(KmeansPlusPlus
     for (int64_t t = 0; c > 0 && looked && t < a.trials; ++t) {
       double own = 0;
       for (int64_t g = threadIdx.x; g < groups; g += kThreads) own += left[(1 + t) * groups + g];
-      const double sum = block_sum(own, parts);
+      const double sum = block_sum<kWarps>(own, parts);
       if (sum < least) least = sum, best = t;
     }
     const int64_t center = c ? a.candidates[(c % 2 * in.b + b) * a.trials + best] : a.indices[b * k];

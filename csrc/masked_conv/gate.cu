@@ -32,17 +32,7 @@ Status backward(const GateGradient& a, void* stream) {
 Status gate_backward_cuda(const GateGradient& a, int device, void* stream) {
   if (a.rows <= 0 || a.n <= 0) return kOk;
   const DeviceGuard guard(device);
-  switch (a.dtype) {
-    case kFloat32:
-      return backward<float>(a, stream);
-    case kFloat64:
-      return backward<double>(a, stream);
-    case kBFloat16:
-      return backward<bf16>(a, stream);
-    case kFloat16:
-      return backward<f16>(a, stream);
-  }
-  return "unknown dtype";
+  return by_dtype(a.dtype, [&](auto type) { return backward<typename decltype(type)::of>(a, stream); });
 }
 
 }  // namespace gmk

@@ -42,24 +42,12 @@ Status backward(const GateGradient& a, int threads) {
   if (all <= 0) return kOk;
   constexpr int64_t kPiece = 8192;
   threads = team(all * 2, threads);
+  return by_dtype(a.dtype, [&](auto type) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t from = 0; from < all; from += kPiece) {
-    const int64_t to = from + kPiece < all ? from + kPiece : all;
-    switch (a.dtype) {
-      case kFloat64:
-        piece<double>(a, from, to);
-        break;
-      case kBFloat16:
-        piece<bf16>(a, from, to);
-        break;
-      case kFloat16:
-        piece<f16>(a, from, to);
-        break;
-      default:
-        piece<float>(a, from, to);
-    }
-  }
-  return kOk;
+    for (int64_t from = 0; from < all; from += kPiece)
+      piece<typename decltype(type)::of>(a, from, from + kPiece < all ? from + kPiece : all);
+    return kOk;
+  });
 }
 
 }  // namespace

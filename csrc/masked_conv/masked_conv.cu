@@ -475,17 +475,7 @@ Status masked_conv2d_cuda(const MaskedConv& a, int device, void* stream) {
   if (a.b <= 0 || a.h <= 0 || a.w <= 0 || a.c_out <= 0) return kOk;
   if (!fits(a.h, a.w, a.c_in, a.c_out)) return kTooLarge;
   const DeviceGuard guard(device);
-  switch (a.dtype) {
-    case kFloat32:
-      return forward<float>(a, stream);
-    case kFloat64:
-      return forward<double>(a, stream);
-    case kBFloat16:
-      return forward<bf16>(a, stream);
-    case kFloat16:
-      return forward<f16>(a, stream);
-  }
-  return "unknown dtype";
+  return by_dtype(a.dtype, [&](auto type) { return forward<typename decltype(type)::of>(a, stream); });
 }
 
 }  // namespace gmk

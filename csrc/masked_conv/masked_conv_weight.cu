@@ -388,17 +388,7 @@ Status masked_conv2d_backward_weight_cuda(const MaskedConvWeight& a, int device,
   if (a.c_out <= 0) return kOk;
   if (!fits(a.h, a.w, a.c_in, a.c_out)) return kTooLarge;
   const DeviceGuard guard(device);
-  switch (a.dtype) {
-    case kFloat32:
-      return gradient<float>(a, stream);
-    case kFloat64:
-      return gradient<double>(a, stream);
-    case kBFloat16:
-      return gradient<bf16>(a, stream);
-    case kFloat16:
-      return gradient<f16>(a, stream);
-  }
-  return "unknown dtype";
+  return by_dtype(a.dtype, [&](auto type) { return gradient<typename decltype(type)::of>(a, stream); });
 }
 
 }  // namespace gmk

@@ -1,6 +1,7 @@
 // The gradients for weight and bias: kTile weights x one panel of output channels stay in registers while the pixels of a
 // band go by. The sum over bands is cut into groups by the sizes alone; a group adds its bands in order and the groups are
 // added in order, so the bits do not depend on threads.
+#include <type_traits>
 #include <omp.h>
 
 #include "masked_conv/band.h"
@@ -269,20 +270,15 @@ Status run(const MaskedConvWeight& a, int threads) {
 
 Status backward_weight(const MaskedConvWeight& a, int threads) {
   if (a.c_out <= 0) return kOk;
-  switch (a.dtype) {
-    case kFloat32:
-      return run<float, float>(a, threads);
-    case kFloat64:
-      return run<double, double>(a, threads);
-    case kBFloat16:
+  return by_dtype(a.dtype, [&](auto type) {
+    using S = typename decltype(type)::of;
+    using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
 #ifdef GMK_PAIRS
-      if (has_pairs()) return run<float, bf16, bf16>(a, threads);
+    if constexpr (std::is_same_v<S, bf16>)
+      if (has_pairs()) return run<T, S, S>(a, threads);
 #endif
-      return run<float, bf16>(a, threads);
-    case kFloat16:
-      return run<float, f16>(a, threads);
-  }
-  return "unknown dtype";
+    return run<T, S>(a, threads);
+  });
 }
 
 }  // namespace

@@ -54,17 +54,7 @@ Status launch(const PhiloxFill& a, void* stream) {
 Status philox_fill_cuda(const PhiloxFill& a, int device, void* stream) {
   if (a.samples <= 0 || a.size <= 0) return kOk;
   const DeviceGuard guard(device);
-  switch (a.dtype) {
-    case kFloat32:
-      return launch<float>(a, stream);
-    case kFloat64:
-      return launch<double>(a, stream);
-    case kBFloat16:
-      return launch<bf16>(a, stream);
-    case kFloat16:
-      return launch<f16>(a, stream);
-  }
-  return "unknown dtype";
+  return by_dtype(a.dtype, [&](auto type) { return launch<typename decltype(type)::of>(a, stream); });
 }
 
 }  // namespace gmk

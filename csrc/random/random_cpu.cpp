@@ -64,17 +64,7 @@ Status fill(const PhiloxFill& a, int threads) {
 
 Status philox_fill(const PhiloxFill& a, int threads) {
   if (a.samples <= 0 || a.size <= 0) return kOk;
-  switch (a.dtype) {
-    case kFloat32:
-      return fill<float>(a, threads);
-    case kFloat64:
-      return fill<double>(a, threads);
-    case kBFloat16:
-      return fill<bf16>(a, threads);
-    case kFloat16:
-      return fill<f16>(a, threads);
-  }
-  return "unknown dtype";
+  return by_dtype(a.dtype, [&](auto type) { return fill<typename decltype(type)::of>(a, threads); });
 }
 
 }  // namespace

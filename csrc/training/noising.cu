@@ -1,84 +1,24 @@
-// One thread makes a group of 16 bytes of each tensor (4 elements at least: one Philox block). Bound: memory, streams *
-// numel * sizeof(T), with some 85 operations an element for a normal number beside it. A seed starts at its own block 0 and a
-// sum has its parts and its order from the sizes alone: nothing depends on the grid.
-#include "cuda/real.cuh"
+// One thread makes a group. Bound: memory, streams * numel * sizeof(T), with some 85 operations an element for a normal
+// number beside it. A seed starts at its own block 0 and a sum has its parts and its order from the sizes alone: nothing
+// depends on the grid.
+#include "cuda/groups.cuh"
 #include "training/noising.h"
 
 namespace gmk {
 namespace {
 
-template <class T>
-constexpr int kGroup = sizeof(T) == 2 ? 8 : 4;
-
-// `count` elements of a stream: one 16-byte access where the launcher has seen that it is aligned.
-template <class T, bool kPacked, int n>
-GMK_DEV void read(const void* stream, int64_t at, int count, typename Real<T>::type (&v)[n]) {
-  const T* const p = static_cast<const T*>(stream) + at;
-  if (kPacked && count == n) {
-    const Pack<T, n> pack = load_pack<T, n>(p);
-#pragma unroll
-    for (int i = 0; i < n; ++i) v[i] = Real<T>::from(pack.v[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < n; ++i) v[i] = i < count ? Real<T>::from(p[i]) : 0;
-  }
-}
-template <class T, bool kPacked, int n>
-GMK_DEV void write(void* stream, int64_t at, int count, const typename Real<T>::type (&v)[n]) {
-  T* const p = static_cast<T*>(stream) + at;
-  if (kPacked && count == n) {
-    Pack<T, n> pack;
-#pragma unroll
-    for (int i = 0; i < n; ++i) pack.v[i] = Real<T>::to(v[i]);
-    store_pack(p, pack);
-  } else {
-#pragma unroll
-    for (int i = 0; i < n; ++i)
-      if (i < count) p[i] = Real<T>::to(v[i]);
-  }
-}
-template <class R>
-GMK_DEV R term(R c, R x) {
-  return c != R(0) ? c * x : R(0);
-}
 template <class R>
 GMK_DEV NoisingRow<R> row_of(const NoiseSchedule& s, int64_t sample, int target) {
   return s.wide ? noising_row<R, double>(s, sample, target) : noising_row<R, float>(s, sample, target);
 }
 
-// Groups of a tensor, counted within each row of seeds.
-struct Groups {
-  int64_t rows, size, per_row, total, sample;
-};
-template <class T>
-Groups groups_of(int64_t numel, int64_t rows, int64_t samples) {
-  const int64_t size = numel / rows, per_row = (size + kGroup<T> - 1) / kGroup<T>;
-  return {rows, size, per_row, rows * per_row, numel / samples};
-}
-struct Place {
-  int64_t at, first, last;  // its first element; the samples of its first and last
-  int count;
-};
-template <int n>
-GMK_DEV Place place_of(const Groups& g, int64_t group, int64_t* seed_row, int64_t* block) {
-  *seed_row = g.rows == 1 ? 0 : group / g.per_row;
-  const int64_t in_row = g.rows == 1 ? group : group % g.per_row, left = g.size - in_row * n;
-  *block = in_row * (n / 4);
-  const int64_t at = *seed_row * g.size + in_row * n;
-  const int count = left < n ? int(left) : n;
-  return {at, at / g.sample, (at + count - 1) / g.sample, count};
-}
 template <class T, bool kPacked, int n>
-GMK_DEV void noise_of(const NoiseSource& noise, const Place& at, int64_t seed_row, int64_t block,
-                      typename Real<T>::type (&z)[n]) {
+GMK_DEV void noise_of(const NoiseSource& noise, const Place& at, typename Real<T>::type (&z)[n]) {
   if (noise.given) {
     read<T, kPacked>(noise.given, at.at, at.count, z);
   } else {
-    const PhiloxKey key = philox_key(noise.seeds ? uint64_t(noise.seeds[seed_row]) : noise.seed);
     float made[n];
-#pragma unroll
-    for (int i = 0; i < n; i += 4)
-      normals_from(philox(uint64_t(block + i / 4), noise.step, noise.stream, key), made + i);
+    draw(at, noise.seeds, noise.seed, noise.step, noise.stream, made);
 #pragma unroll
     for (int i = 0; i < n; ++i) z[i] = typename Real<T>::type(made[i]);
   }
@@ -90,10 +30,9 @@ __global__ void __launch_bounds__(256) add_noise_kernel(AddNoise a, Groups g) {
   constexpr int n = kGroup<T>;
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t group = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; group < g.total; group += stride) {
-    int64_t seed_row, block;
-    const Place at = place_of<n>(g, group, &seed_row, &block);
+    const Place at = place_of<n>(g, group);
     R x[n], z[n], y[n];
-    noise_of<T, kPacked>(a.noise, at, seed_row, block, z);
+    noise_of<T, kPacked>(a.noise, at, z);
     read<T, kPacked>(a.x0, at.at, at.count, x);
     NoisingRow<R> row = row_of<R>(a.schedule, at.first, a.target_kind);
 #pragma unroll
@@ -108,18 +47,6 @@ __global__ void __launch_bounds__(256) add_noise_kernel(AddNoise a, Groups g) {
   }
 }
 
-// The sum of a block of 256 threads, in thread 0, always added in the same order.
-GMK_DEV double block_sum(double v, double* shared) {
-  v = warp_sum(v);
-  __syncthreads();  // the one before has been read
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
-  __syncthreads();
-  double sum = 0;
-  if (threadIdx.x == 0)
-    for (int w = 0; w < 8; ++w) sum += shared[w];
-  return sum;
-}
-
 // A part is 256 groups.
 template <class T, bool kPacked>
 __global__ void __launch_bounds__(256) denoising_loss_kernel(DenoisingLoss a, Groups g, int64_t parts, double slope) {
@@ -130,10 +57,9 @@ __global__ void __launch_bounds__(256) denoising_loss_kernel(DenoisingLoss a, Gr
     const int64_t group = part * 256 + threadIdx.x;
     double sum = 0;
     if (group < g.total) {
-      int64_t seed_row, block;
-      const Place at = place_of<n>(g, group, &seed_row, &block);
+      const Place at = place_of<n>(g, group);
       R x[n], z[n], d[n];
-      noise_of<T, kPacked>(a.noise, at, seed_row, block, z);
+      noise_of<T, kPacked>(a.noise, at, z);
       read<T, kPacked>(a.pred, at.at, at.count, d);
 #pragma unroll
       for (int i = 0; i < n; ++i) x[i] = 0;
@@ -143,7 +69,7 @@ __global__ void __launch_bounds__(256) denoising_loss_kernel(DenoisingLoss a, Gr
 #pragma unroll
       for (int i = 0; i < n; ++i) {
         if (i == 0 || (at.first != at.last && i < at.count)) {
-          const int64_t sample = (at.at + i) / g.sample;
+          const int64_t sample = i == 0 ? at.first : (at.at + i) / g.sample;
           row = row_of<R>(a.schedule, sample, a.target_kind);
           if (a.weight_kind == kMinSnr) weight = min_snr_weight(row.alpha, row.sigma, R(a.gamma), a.target_kind);
           if (a.weight_kind == kGivenWeight)
@@ -158,7 +84,7 @@ __global__ void __launch_bounds__(256) denoising_loss_kernel(DenoisingLoss a, Gr
       sum = double(squares);
       if (a.grad) write<T, kPacked>(a.grad, at.at, at.count, d);
     }
-    sum = block_sum(sum, shared);
+    sum = block_sum<8>(sum, shared);
     if (threadIdx.x == 0) a.partials[part] = sum;
   }
 }
@@ -167,7 +93,7 @@ __global__ void __launch_bounds__(256) denoising_loss_sum_kernel(DenoisingLoss a
   GMK_SHARED(shared, double[8]);
   double sum = 0;
   for (int64_t part = threadIdx.x; part < parts; part += 256) sum += a.partials[part];
-  sum = block_sum(sum, shared);
+  sum = block_sum<8>(sum, shared);
   if (threadIdx.x == 0) *static_cast<R*>(a.loss) = R(sum / double(a.numel));
 }
 
@@ -177,13 +103,12 @@ __global__ void __launch_bounds__(256) flow_pair_kernel(FlowPair a, Groups g) {
   constexpr int n = kGroup<T>;
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t group = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; group < g.total; group += stride) {
-    int64_t seed_row, block;
-    const Place at = place_of<n>(g, group, &seed_row, &block);
+    const Place at = place_of<n>(g, group);
     R from[n], to[n], z[n];
     read<T, kPacked>(a.x0, at.at, at.count, from);
     read<T, kPacked>(a.x1, at.at, at.count, to);
     if (a.sigma != 0) {
-      noise_of<T, kPacked>(a.noise, at, seed_row, block, z);
+      noise_of<T, kPacked>(a.noise, at, z);
     } else {
 #pragma unroll
       for (int i = 0; i < n; ++i) z[i] = 0;
@@ -192,7 +117,7 @@ __global__ void __launch_bounds__(256) flow_pair_kernel(FlowPair a, Groups g) {
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       if (i == 0 || (at.first != at.last && i < at.count)) {
-        const int64_t sample = (at.at + i) / g.sample;
+        const int64_t sample = i == 0 ? at.first : (at.at + i) / g.sample;
         t = a.wide ? R(static_cast<const double*>(a.t)[sample]) : R(static_cast<const float*>(a.t)[sample]);
       }
       const R x = (R(1) - t) * from[i] + t * to[i] + R(a.sigma) * z[i];
@@ -202,13 +127,6 @@ __global__ void __launch_bounds__(256) flow_pair_kernel(FlowPair a, Groups g) {
     write<T, kPacked>(a.xt, at.at, at.count, from);
     write<T, kPacked>(a.u, at.at, at.count, to);
   }
-}
-
-template <class T, size_t n>
-bool packed(const Groups& g, const void* const (&streams)[n]) {
-  bool yes = g.rows == 1 || g.size % kGroup<T> == 0;
-  for (const void* p : streams) yes = yes && reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  return yes;
 }
 
 template <class T>
@@ -242,26 +160,16 @@ Status launch(const FlowPair& a, void* stream) {
 }
 
 template <class Args>
-Status by_dtype(const Args& a, int device, void* stream) {
+Status run(const Args& a, int device, void* stream) {
   if (a.numel <= 0) return kOk;
   const DeviceGuard guard(device);
-  switch (a.dtype) {
-    case kFloat32:
-      return launch<float>(a, stream);
-    case kFloat64:
-      return launch<double>(a, stream);
-    case kBFloat16:
-      return launch<bf16>(a, stream);
-    case kFloat16:
-      return launch<f16>(a, stream);
-  }
-  return "unknown dtype";
+  return by_dtype(a.dtype, [&](auto type) { return launch<typename decltype(type)::of>(a, stream); });
 }
 
 }  // namespace
 
-Status add_noise_cuda(const AddNoise& a, int device, void* stream) { return by_dtype(a, device, stream); }
-Status denoising_loss_cuda(const DenoisingLoss& a, int device, void* stream) { return by_dtype(a, device, stream); }
-Status flow_pair_cuda(const FlowPair& a, int device, void* stream) { return by_dtype(a, device, stream); }
+Status add_noise_cuda(const AddNoise& a, int device, void* stream) { return run(a, device, stream); }
+Status denoising_loss_cuda(const DenoisingLoss& a, int device, void* stream) { return run(a, device, stream); }
+Status flow_pair_cuda(const FlowPair& a, int device, void* stream) { return run(a, device, stream); }
 
 }  // namespace gmk

@@ -211,24 +211,15 @@ Status flow_pair_of(const FlowPair& a, int threads) {
 
 // ----------------------------------------------------------------------------------------------------------------------
 
-#define GMK_BY_DTYPE(op, Args)              \
-  Status op(const Args& a, int threads) {   \
-    if (a.numel <= 0) return kOk;           \
-    switch (a.dtype) {                      \
-      case kFloat32:                        \
-        return op##_of<float>(a, threads);  \
-      case kFloat64:                        \
-        return op##_of<double>(a, threads); \
-      case kBFloat16:                       \
-        return op##_of<bf16>(a, threads);   \
-      case kFloat16:                        \
-        return op##_of<f16>(a, threads);    \
-    }                                       \
-    return "unknown dtype";                 \
+#define GMK_ENTRY(op, Args)                                                                                \
+  Status op(const Args& a, int threads) {                                                                  \
+    if (a.numel <= 0) return kOk;                                                                          \
+    return by_dtype(a.dtype, [&](auto type) { return op##_of<typename decltype(type)::of>(a, threads); }); \
   }
-GMK_BY_DTYPE(add_noise, AddNoise)
-GMK_BY_DTYPE(denoising_loss, DenoisingLoss)
-GMK_BY_DTYPE(flow_pair, FlowPair)
+GMK_ENTRY(add_noise, AddNoise)
+GMK_ENTRY(denoising_loss, DenoisingLoss)
+GMK_ENTRY(flow_pair, FlowPair)
+#undef GMK_ENTRY
 
 }  // namespace
 
