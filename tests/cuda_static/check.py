@@ -62,7 +62,7 @@ class Asked:
 
 ASKED = (
     # x, model_output, uncond, three histories, noise, variance; out, x0
-    Asked(r"diffusion_step_kernel<(float|.*bf16|.*f16), \d, true, \w+>", {LOAD_128: 8, STORE_128: 2}),
+    Asked(r"diffusion_step_kernel<(float|.*bf16|.*f16), true, \w+>", {LOAD_128: 8, STORE_128: 2}),
     Asked(r"philox_fill_kernel<float>", {STORE_128: 1}),
     # x0, noise; x_t, target. pred, x0; the gradient. x0, x1; x_t, u
     Asked(r"(add_noise|flow_pair)_kernel<(float|.*bf16|.*f16), true>", {LOAD_128: 2, STORE_128: 2}),
