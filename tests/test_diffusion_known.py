@@ -47,6 +47,7 @@ def test_reference(device, dtype, of_x0):
         for mask in masks(shape, device.torch, dtype):
             for c, uncond, seed, noise, scale in ((ROW.to(device.torch), None, 7, True, (0.8, 0.6)),
                                                   (rows, u, seeds, True, (0.8, 0.6)), (rows, u, 7, False, (0.8, 0.6)),
+                                                  (ROW.to(device.torch), u, seeds, False, (0.3, 1.0)),
                                                   (ROW.to(device.torch), u, None, False, (0.8, 0.0))):
                 got = ops.diffusion_step(x, m, c, uncond=uncond, guidance_scale=3.0, history=(h1,), noise=noise,
                                          seed=seed, step=4, return_x0=True, clip=1.5, mask=mask, known=known,
@@ -89,6 +90,11 @@ def test_the_mask_hides(device):
     of_x0, x0 = ops.diffusion_step(x, m.masked_fill(mask, math.nan), ROW.to(device.torch), mask=mask, known=known,
                                    known_x0=True, return_x0=True)
     assert of_x0.isfinite().all() and torch.equal(x0[mask], known[mask])
+    nan = torch.full_like(x, math.nan)  # as does a coefficient of 0
+    of_m = torch.tensor([0, 0.5, 2.0, 0, 0, 0, 0, 0], device=device.torch)
+    of_x = torch.tensor([1.0, 1, 0, 2, 0, 0, 0, 0], device=device.torch)
+    assert torch.equal(ops.diffusion_step(nan, m, of_m, mask=mask, known=known), torch.where(mask, known, m))
+    assert torch.equal(ops.diffusion_step(x, nan, of_x, mask=mask, known=known), torch.where(mask, known, 2 * x))
 
 
 def test_in_place_and_strided(device):
@@ -208,14 +214,14 @@ def test_a_tensor_outside_the_rows(device):
             assert ops.diffusion_step(x, m, table(device=device.torch), step=step).isnan().all()
 
 
-def test_a_tensor_outside_the_rows_is_nan_on_a_gpu(monkeypatch):
+def test_a_tensor_outside_the_rows_is_nan_on_a_gpu_simt():
     backend = pytest.importorskip("simt.backend", reason="no emulator", exc_type=ImportError)
     x, m = (cases.data(3, 5, seed=i).float() for i in range(2))
-    for bad in (-1, 5, 2**40):
-        out, index, rows = torch.empty_like(x), torch.tensor(bad), table()
+    for bad, count in ((-1, 5), (5, 5), (2**32, 5), (2**40, 5), (1, 1)):
+        out, index, rows = torch.empty_like(x), torch.tensor(bad), table()[:count].contiguous()
         with backend.running():
             diffusion._kernel((out, None), (x, m, rows, *(None,) * 9, index), x.numel(), 1, 1, 0, 0, 1.0, -math.inf,
-                              math.inf, 0, 1.0, 0.0, False, 5, 0, False)
+                              math.inf, 0, 1.0, 0.0, False, count, 0, False)
         assert out.isnan().all()
 
 
