@@ -175,7 +175,7 @@ def _ddim_loop(shape, device, goals):
         {"eager": lines, "eager, folded": folded, "torch.compile": torch.compile(folded),
          "diffusers": common.scheduler("DDIMScheduler", x, m, clip_sample=False, prediction_type="v_prediction")},
         bytes=3 * x.numel() * x.element_size(), error=common.error(lambda: step(x.clone()), (x, m), row), goals=goals,
-        note="out=x; copy_: as many bytes, of more memory; eager: as the formula is written; folded: one scale, one shift",
+        note="out=x; copy_: as many bytes, of more memory; eager: as the formula is written; folded: in place",
     )
 
 
@@ -212,5 +212,5 @@ def _multistep_loop(shape, device, goals):
          "diffusers": common.scheduler("DPMSolverMultistepScheduler", x, m, prediction_type="v_prediction")},
         bytes=5 * x.numel() * x.element_size(), goals=goals,
         error=common.error(lambda: step(x.clone(), h.clone()), (x, m), row, history=(h,)),
-        note="out=x, x0_out=h; copy_: as many bytes, of more memory; eager: as the formula is written; folded: in place",
+        note="out=x, x0_out=h; copy_: as many bytes, of more memory; eager: as the formula is written",
     )
