@@ -27,6 +27,9 @@ NOISY = {"DDPMScheduler": {}, "EulerAncestralDiscreteScheduler": {}, "LCMSchedul
          "EDMDPMSolverMultistepScheduler": {"algorithm_type": "sde-dpmsolver++"},
          "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": True}}  # fmt: skip
 STEPS = {"LCMScheduler": 4}
+# have a schedule from the start
+ALWAYS_READY = ("DDPMScheduler", "HeunDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+                "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler")  # fmt: skip
 DEFAULTS = {"PNDMScheduler": {"skip_prk_steps": True}}  # its Runge-Kutta steps are diffusers' own
 
 
@@ -351,7 +354,7 @@ def test_bad_input(name):
     with pytest.raises(ValueError, match="noise must be one of"):
         getattr(schedulers, name)(noise="gauss")
     fresh = getattr(schedulers, name)()
-    if name not in ("DDPMScheduler", "HeunDiscreteScheduler"):  # these two have a schedule from the start
+    if name not in ALWAYS_READY:
         with pytest.raises(ValueError, match="call set_timesteps before step"):
             fresh.step(m, t, x)
     if hasattr(s, "set_begin_index"):

@@ -129,9 +129,11 @@ def test_a_copy_made_in_the_middle_goes_on(name):
     def saved(s, i):
         return (pickle.loads(pickle.dumps(s)), copy.deepcopy(s))[i % 2] if i in (2, 3) else s
 
-    if name in NOISY and name != "DPMSolverMultistepScheduler":
-        pytest.skip("a copy draws its own noise")
-    same(run(make(name)), run(make(name), after=saved))
+    runs = []
+    for after in ({}, {"after": saved}):
+        torch.manual_seed(0)
+        runs.append(run(make(name, **NOISY.get(name, {})), **after))
+    same(*runs)
 
 
 @pytest.mark.parametrize("name", NAMES)

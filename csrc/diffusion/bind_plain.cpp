@@ -59,9 +59,14 @@ class PlainStep {
   bool like_x(PyObject* o, const void** p, PlainTensor t = {}) {  // None: absent
     if (o == Py_None) return true;
     if (!t.data && (!plain(o, grad_, &t) || !(t == x_))) return false;
-    inputs_[count_++] = t;
+    add(o, t);
     *p = t.data;
     return true;
+  }
+
+  void add(PyObject* o, const PlainTensor& t) {
+    objects_[count_] = o;
+    inputs_[count_++] = t;
   }
 
   bool inputs() {
@@ -69,7 +74,7 @@ class PlainStep {
     a_.dtype = x_.dtype;
     a_.numel = x_.numel;
     a_.x = x_.data;
-    inputs_[count_++] = x_;
+    add(args_[0], x_);
     const int64_t samples = x_.ndim ? x_.shape[0] : 0;
 
     PlainTensor c;
@@ -132,7 +137,17 @@ class PlainStep {
   }
 
   // Given outputs may be an input, element by element; every other overlap is refused by the general route.
-  bool given(PyObject* o, PlainTensor* t) { return plain(o, grad_, t) && *t == x_ && apart(*t); }
+  bool given(PyObject* o, PlainTensor* t) {
+    return (known_input(o, t) || (plain(o, grad_, t) && *t == x_)) && apart(*t);
+  }
+  bool known_input(PyObject* o, PlainTensor* t) const {  // in place: asked already
+    for (int i = 0; i < count_; ++i)
+      if (objects_[i] == o) {
+        *t = inputs_[i];
+        return true;
+      }
+    return false;
+  }
   bool apart(const PlainTensor& t) const {
     for (int i = 0; i < count_; ++i)
       if (t.overlaps(inputs_[i]) && t.data != inputs_[i].data) return false;
@@ -166,6 +181,7 @@ class PlainStep {
   DiffusionStep a_{};
   PlainTensor x_{}, m_{}, made_[2]{};
   PlainTensor inputs_[8], small_[2];
+  PyObject* objects_[8];
   int count_ = 0, small_count_ = 0;
   PyObject *out_ = nullptr, *x0_ = nullptr;
   Owned new_out_, new_x0_;

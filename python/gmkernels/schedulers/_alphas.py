@@ -19,6 +19,12 @@ def prediction(kind, a, name):
     raise ValueError(f"prediction_type must be epsilon, sample or v_prediction for {name}, got {kind!r}")
 
 
+def cumulative_at(alphas, times, end, real):
+    """The cumulative alphas at `times`; `end` before the first one, NaN beyond the last one."""
+    known = torch.cat([alphas.cpu(), end.cpu().reshape(1), torch.full((1,), torch.nan, device="cpu")]).to(real)
+    return known[[len(alphas) if t < 0 else t if t < len(alphas) else -1 for t in times]]
+
+
 class Alphas:
     """`add_noise` and `get_velocity` by a table over all training times, read on the device."""
 

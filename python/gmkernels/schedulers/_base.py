@@ -33,15 +33,19 @@ class Plan:
         self.corrected = scheduler.corrected
         self.key = tuple(getattr(scheduler, name, None) for name in ("num_inference_steps", "custom_timesteps"))
         self.steps = scheduler.num_inference_steps if hasattr(scheduler, "num_inference_steps") else None
-        self.watched = tuple(_STILL if t is None or t.is_inference() else t for t in (self.source, self.timesteps))
+        self.end = scheduler.__dict__.get("final_alpha_cumprod")
+        watched = self.source, self.timesteps
+        self.watched = tuple(_STILL if t is None or t.is_inference() else t for t in watched)
         self.version = tuple(t._version for t in self.watched)
+        # made in inference mode, not by `set_timesteps`: without a version
+        self.copies = [(t, t.clone()) for t in watched if t is not None and t.is_inference()]
         self.times = [] if self.timesteps is None else self.timesteps.tolist()
         self.single = self.timesteps is not None and self.timesteps.dtype is torch.float32
         self.first = self.timesteps.data_ptr() if self.times and self.timesteps.is_contiguous() else 0
         ratio, most = config.get("dynamic_thresholding_ratio"), config.get("sample_max_value")
         self.threshold = (float(ratio), float(most)) if config.get("thresholding") else None
         self.clip = float(config["clip_sample_range"]) if config.get("clip_sample") and not self.threshold else None
-        self.noise = Noise()
+        self.noise = scheduler._run_noise
         self.tables = {}
         self._indices = None
 
@@ -49,17 +53,21 @@ class Plan:
         own = scheduler.__dict__
         return (scheduler.timesteps is self.timesteps and own[self.name] is self.source
                 and own["_internal_dict"] is self.config and scheduler.corrected == self.corrected
-                and own.get("num_inference_steps") == self.steps and self.untouched())  # fmt: skip
+                and own.get("num_inference_steps") == self.steps and own.get("final_alpha_cumprod") is self.end
+                and self.untouched())  # fmt: skip
 
     def reuse(self, before):
         """The tables of the plan before, if it was made from the same numbers: a pipeline asks for them every time."""
         if (before is not None and before.config is self.config and before.corrected == self.corrected
                 and before.key == self.key and before.times == self.times and before.source is not None
-                and before.untouched() and torch.equal(before.source, self.source)):  # fmt: skip
+                and before.end is self.end and before.untouched()
+                and torch.equal(before.source, self.source)):  # fmt: skip
             self.tables = before.tables
 
     def untouched(self):
         a, b = self.watched
+        if self.copies and not all(torch.equal(*pair) for pair in self.copies):
+            return False
         return self.version == (a._version, b._version)
 
     def time(self, timestep):
@@ -91,13 +99,19 @@ class Fused:
     corrected = False
     noise = "auto"
     _plan = None
+    _run_noise = None  # outlives a plan: a config or a schedule that changes in the middle of a run begins no new seed
     _source_name = "alphas_cumprod"  # the tensor, besides the timesteps, that the coefficients are made from
 
     def _ready(self):
         plan = self._plan
         if plan is None or not plan.fits(self):
+            if self._run_noise is None:
+                self._run_noise = Noise()
             plan = self._plan = Plan(self)
         return plan
+
+    def __getstate__(self):
+        return self.__dict__ | {"_plan": None}  # it knows this object's tensors by their addresses
 
     def _tables(self, plan):
         """The tables that an ordinary run needs."""
@@ -119,7 +133,8 @@ def drop_in(cls):
         if noise not in CHOICES:
             raise ValueError(f"noise must be one of {', '.join(CHOICES)}, got {noise!r}")
         self.corrected, self.noise = corrected, noise
-        parent.__init__(self, *args, **kwargs)
+        with torch.inference_mode(False):  # a schedule has versions, by which a plan sees that it has changed
+            parent.__init__(self, *args, **kwargs)
         # Kept in the config only where it is not the default, so that a default config is diffusers' own.
         ours = {"corrected": corrected, "noise": noise}
         ours = {name: value for name, value in ours.items() if value != getattr(cls, name)}
@@ -138,8 +153,9 @@ def drop_in(cls):
     def set_timesteps(self, num_inference_steps=None, *args, **kwargs):
         if num_inference_steps is not None and num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-        before, self._plan = self._plan, None
-        parent.set_timesteps(self, num_inference_steps, *args, **kwargs)
+        before, self._plan, self._run_noise = self._plan, None, Noise()
+        with torch.inference_mode(False):
+            parent.set_timesteps(self, num_inference_steps, *args, **kwargs)
         plan = self._ready()
         plan.reuse(before)
         for table in self._tables(plan):

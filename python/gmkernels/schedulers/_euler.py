@@ -40,7 +40,7 @@ class Euler(Scaled):
         table, push = self._churned(plan, churn)
         if not table.finite[i]:
             return None
-        if push is not None and push.noisy[i]:
+        if push is not None and push.noisy[i]:  # also where s_noise is 0
             noise, seed = plan.noise.take(self.noise, i, generator, model_output)
             if seed is None:
                 noise = noise.to(x.dtype)
@@ -72,5 +72,6 @@ class Euler(Scaled):
             if s_churn > 0:
                 spread = torch.where(gamma > 0, s_noise * (hat**2 - sigma**2) ** 0.5, 0.0)
                 push = Table(len(sigma), c1=1.0, s=spread)
+                push.noisy = (gamma > 0).tolist()
             found = plan.tables[churn] = Table(len(sigma), A=A, B=B, **line(hat, to)), push
         return found

@@ -11,6 +11,7 @@ from ._table import Table
 class Sigmas(Fused):
     """For schedulers with `sigmas` and `step_index`."""
 
+    _must_be_set = False  # is a step before set_timesteps an error, or one on the training schedule
     _absent_is_last = False  # index_for_timestep of a time that is not in the schedule: the last index, or an error
 
     _source_name = "sigmas"
@@ -32,7 +33,7 @@ class Sigmas(Fused):
 
     def _begin(self, plan, timestep):
         """The index of this step. The first one of a run finds it, the others count."""
-        if getattr(self, "num_inference_steps", None) is None:
+        if self._must_be_set and getattr(self, "num_inference_steps", None) is None:
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
         i = self._step_index
         if i is None:

@@ -8,6 +8,7 @@ class Solver(Noised):
     """A subclass has `_table(plan, order)`, or `_tables` of its own."""
 
     _absent_is_last = True
+    _must_be_set = True
 
     def _kind(self):
         return "flow" if self.config.use_flow_sigmas else "vp"

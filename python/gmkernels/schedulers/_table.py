@@ -18,7 +18,6 @@ class Table:
         for name, column in columns.items():
             self.rows[:, COEFFICIENTS.index(name)] = column if isinstance(column, float) else column.double()
         self.finite = self.rows.float().isfinite().all(1).tolist()  # as the kernel would read them
-        self.noisy = (self.rows[:, -1] != 0).tolist()
         self._on = {}
         self._parts = None
 

@@ -1,10 +1,9 @@
 """Song et al. 2021."""
 
 import diffusers
-import torch
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
-from ._alphas import Alphas, prediction
+from ._alphas import Alphas, cumulative_at, prediction
 from ._base import Fused, drop_in, matched, output, x0_step
 from ._table import Table
 
@@ -67,8 +66,8 @@ class DDIMScheduler(Alphas, Fused, diffusers.DDIMScheduler):
         before = [t - self.config.num_train_timesteps // self.num_inference_steps for t in times]
         if self.corrected:  # the schedule's own next time; the difference is that of "leading" only (issue #11347)
             before[: len(plan.times)] = [*plan.times[1:], -1]
-        cumulative = torch.cat([self.alphas_cumprod.cpu(), self.final_alpha_cumprod.cpu().reshape(1)]).to(self._real())
-        a, a_next = cumulative[times], cumulative[[max(t, -1) for t in before]]
+        a, a_next = (cumulative_at(self.alphas_cumprod, at, self.final_alpha_cumprod, self._real())
+                     for at in (times, before))
         variance = (1 - a_next) / (1 - a) * (1 - a / a_next)
         s = eta * variance.sqrt()
         direction = (1 - a_next - s**2).sqrt().double()  # of the noise that the model sees

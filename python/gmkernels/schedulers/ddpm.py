@@ -4,7 +4,7 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 
-from ._alphas import Alphas, prediction
+from ._alphas import Alphas, cumulative_at, prediction
 from ._base import Fused, drop_in, matched, output, x0_step
 from ._table import Table
 
@@ -17,6 +17,8 @@ class DDPMScheduler(Alphas, Fused, diffusers.DDPMScheduler):
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         plan = self._ready()
+        if self.variance_type != self.config.variance_type:  # diffusers reads the one here and the other there
+            return super().step(model_output, timestep, sample, generator, return_dict)
         log_variance = None
         if self.variance_type in _LEARNED:
             if model_output.dim() < 2 or model_output.shape[1] != 2 * sample.shape[1]:
@@ -24,15 +26,18 @@ class DDPMScheduler(Alphas, Fused, diffusers.DDPMScheduler):
                                  f" {self.variance_type!r}, got shape {tuple(model_output.shape)}")
             model_output, log_variance = model_output.split(sample.shape[1], 1)
         x, m, *v = matched(sample, model_output, *(() if log_variance is None else (log_variance,)))
-        i = self._index(plan, plan.time(timestep))
+        t = plan.time(timestep)
+        i = self._index(plan, t)
         table = self._table(plan)
         if not table.finite[i]:
             if log_variance is not None:
                 model_output = torch.cat([model_output, log_variance], 1)
             return super().step(model_output, timestep, sample, generator, return_dict)
         noise, seed, variance = False, None, None
-        if table.noisy[i]:
-            noise, seed = plan.noise.take(self.noise, i, generator, m)
+        if t > 0:
+            noise, seed = plan.noise.take(self.noise, i, generator, model_output)
+            if seed is None:
+                noise = noise.to(x.dtype)
             if v:
                 variance = v[0] if self.variance_type == "learned" else self._in_range(plan, i, v[0])
         prev, x0 = x0_step(plan, table, i, x, m, (), variance, noise, seed)
@@ -62,8 +67,8 @@ class DDPMScheduler(Alphas, Fused, diffusers.DDPMScheduler):
         times = self._times(plan)
         before = [*times[1:], -1]
         real, kind = self._real(), self.variance_type
-        cumulative = torch.cat([self.alphas_cumprod.cpu(), torch.ones(1, device="cpu")]).to(real)  # [-1]: of no time, 1
-        a, a_next = cumulative[times], cumulative[[-1 if t < 0 else t for t in before]]
+        one = torch.ones(1, device="cpu")
+        a, a_next = (cumulative_at(self.alphas_cumprod, at, one, real) for at in (times, before))
         alpha = a / a_next
         beta = 1 - alpha
         small = ((1 - a_next) / (1 - a) * beta).clamp(min=1e-20)

@@ -14,6 +14,8 @@ from ._table import Table
 class FlowMatchHeunDiscreteScheduler(Heun, Sigmas, diffusers.FlowMatchHeunDiscreteScheduler):
     """diffusers' :class:`FlowMatchHeunDiscreteScheduler` with one kernel call per step (docs/schedulers.md)."""
 
+    _must_be_set = True
+
     def step(self, model_output, timestep, sample, s_churn=0.0, s_tmin=0.0, s_tmax=float("inf"), s_noise=1.0,
              generator=None, return_dict=True):
         float_time(timestep, "FlowMatchHeunDiscreteScheduler")

@@ -4,7 +4,7 @@ import diffusers
 import torch
 from diffusers.schedulers.scheduling_lcm import LCMSchedulerOutput
 
-from ._alphas import Alphas, prediction
+from ._alphas import Alphas, cumulative_at, prediction
 from ._base import Fused, drop_in, fused, matched, output, x0_step
 from ._sigmas import Sigmas
 from ._table import Table
@@ -15,6 +15,7 @@ class LCMScheduler(Alphas, Sigmas, diffusers.LCMScheduler):
     """diffusers' :class:`LCMScheduler` with two kernel calls per step, one in the last (docs/schedulers.md)."""
 
     _source_name = Fused._source_name  # there are no sigmas
+    _must_be_set = True
 
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         x, m = matched(sample, model_output)
@@ -39,9 +40,8 @@ class LCMScheduler(Alphas, Sigmas, diffusers.LCMScheduler):
         tables = plan.tables.get("step")
         if tables is None:
             times, real = plan.times, self._real()
-            cumulative = torch.cat([self.alphas_cumprod.cpu(), self.final_alpha_cumprod.cpu().reshape(1)]).to(real)
-            a = cumulative[times]
-            a_next = cumulative[[max(t, -1) for t in [*times[1:], times[-1]]]]
+            a, a_next = (cumulative_at(self.alphas_cumprod, at, self.final_alpha_cumprod, real)
+                         for at in (times, [*times[1:], times[-1]]))
             scaled = torch.tensor(times, dtype=real, device="cpu") * self.config.timestep_scaling
             skip, out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
             A, B = prediction(self.config.prediction_type, a, "LCMScheduler")

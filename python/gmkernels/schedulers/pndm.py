@@ -1,11 +1,10 @@
 """Pseudo linear multistep methods; Liu et al. 2022."""
 
 import diffusers
-import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
 from .. import ops
-from ._alphas import Alphas
+from ._alphas import Alphas, cumulative_at
 from ._base import Fused, alike, check, drop_in, output
 from ._table import Table
 
@@ -39,7 +38,9 @@ class PNDMScheduler(Alphas, Fused, diffusers.PNDMScheduler):
         phase = "again" if again and len(self.ets) == 1 else "first" if self.counter == 0 else len(earlier) + 1
         i = self._indices(plan).get(t)
         table = self._table(plan, phase) if phase in _WEIGHTS else None
-        if i is None or table is None or not table.finite[i] or (phase == "again" and self.cur_sample is None):
+        early = not self.config.skip_prk_steps and len(self.ets) < 3  # diffusers says so
+        if (i is None or table is None or not table.finite[i] or early
+                or (phase == "again" and self.cur_sample is None)):  # fmt: skip
             return super().step_plms(model_output, timestep, sample, return_dict)
         x, m, *earlier = alike(self.cur_sample if phase == "again" else sample, model_output, *earlier)
         prev = ops.diffusion_step(x, m, table.row(i, x), history=tuple(earlier))
@@ -61,13 +62,10 @@ class PNDMScheduler(Alphas, Fused, diffusers.PNDMScheduler):
     def _table(self, plan, phase):
         table = plan.tables.get(phase)
         if table is None:
-            last, stride = self.config.num_train_timesteps, self.config.num_train_timesteps // self.num_inference_steps
+            stride = self.config.num_train_timesteps // self.num_inference_steps
             start = [t + stride for t in plan.times] if phase == "again" else plan.times
-            cumulative = torch.cat([self.alphas_cumprod.cpu(), self.final_alpha_cumprod.cpu().reshape(1)])
-            # [-2] the final one, [-1] of no time
-            cumulative = torch.cat([cumulative, torch.tensor([torch.nan], device="cpu")]).to(self._real())
-            a = cumulative[[t if t < last else -1 for t in start]]
-            a_next = cumulative[[t - stride if t >= stride else -2 for t in start]]
+            a, a_next = (cumulative_at(self.alphas_cumprod, at, self.final_alpha_cumprod, self._real())
+                         for at in (start, [t - stride for t in start]))
             x = ((a_next / a) ** 0.5).double()
             below = a * (1 - a_next) ** 0.5 + (a * (1 - a) * a_next) ** 0.5
             out = -(a_next - a).double() / below.double()
