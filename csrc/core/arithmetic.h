@@ -1,22 +1,12 @@
 // CPU kernels only: an element-wise kernel written once for float32, float64 and the half types.
 #pragma once
-#include <type_traits>
-
 #include "core/simd.h"
 
 namespace gmk {
 namespace GMK_ISA_NS {
 namespace {
 
-// The type of arithmetic of a storage type, and moving a word of it.
-template <class T>
-struct Arithmetic {
-  using real = float;
-};
-template <>
-struct Arithmetic<double> {
-  using real = double;
-};
+// Moving a word of a storage type.
 template <class T>
 GMK_INLINE vfloat get(const T* p) {
   return load_float(p);
@@ -47,7 +37,7 @@ struct Words {
 template <class T>
 using Vector = typename simd<typename Arithmetic<T>::real>::v;
 template <class T, int kWords, int kCounts = 0>
-constexpr bool kEvenOdd = std::is_same<T, bf16>::value && kWords == 2 && kCounts == 0;
+constexpr bool kEvenOdd = kSame<T, bf16> && kWords == 2 && kCounts == 0;
 
 // Two words rounded, interleaved. A NaN must be quiet, as every result of arithmetic is.
 GMK_INLINE vuint packed_bf16(vfloat even, vfloat odd) {

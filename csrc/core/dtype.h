@@ -26,6 +26,21 @@ struct f16 {
   uint16_t bits;
 };
 
+// The type of arithmetic of a storage type.
+template <class T>
+struct Arithmetic {
+  using real = float;
+};
+template <>
+struct Arithmetic<double> {
+  using real = double;
+};
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
 template <class T>
 struct Type {
   using of = T;

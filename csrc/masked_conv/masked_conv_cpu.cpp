@@ -1,7 +1,6 @@
 // Forward, gate, gate gradient and the gradient for x: kTile pixels x one panel of output channels stay in registers while
 // every live tap and input channel goes by; in float32 kTile pairs of pixels (winograd.h). Bound by multiply-adds. A pixel is
 // summed in the same order whatever tile, row of bands or thread it falls to, so bands may be cut to suit the threads.
-#include <type_traits>
 #include <omp.h>
 
 #include "masked_conv/pairs.h"
@@ -281,9 +280,9 @@ Status of_dtype(const MaskedConv& a, int threads, int64_t* packed_size) {
   if (a.b <= 0 || a.h <= 0 || a.w <= 0 || a.c_out <= 0) return kOk;
   return by_dtype(a.dtype, [&](auto type) {
     using S = typename decltype(type)::of;
-    using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
+    using T = typename Arithmetic<S>::real;
 #ifdef GMK_PAIRS
-    if constexpr (std::is_same_v<S, bf16>)
+    if constexpr (kSame<S, bf16>)
       if (has_pairs()) return run<T, S, S>(a, threads, packed_size);
 #endif
     return run<T, S>(a, threads, packed_size);

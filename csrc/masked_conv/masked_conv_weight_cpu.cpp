@@ -1,7 +1,6 @@
 // The gradients for weight and bias: kTile weights x one panel of output channels stay in registers while the pixels of a
 // band go by. The sum over bands is cut into groups by the sizes alone; a group adds its bands in order and the groups are
 // added in order, so the bits do not depend on threads.
-#include <type_traits>
 #include <omp.h>
 
 #include "masked_conv/band.h"
@@ -272,9 +271,9 @@ Status backward_weight(const MaskedConvWeight& a, int threads) {
   if (a.c_out <= 0) return kOk;
   return by_dtype(a.dtype, [&](auto type) {
     using S = typename decltype(type)::of;
-    using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
+    using T = typename Arithmetic<S>::real;
 #ifdef GMK_PAIRS
-    if constexpr (std::is_same_v<S, bf16>)
+    if constexpr (kSame<S, bf16>)
       if (has_pairs()) return run<T, S, S>(a, threads);
 #endif
     return run<T, S>(a, threads);
