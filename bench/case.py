@@ -12,7 +12,8 @@ class Case:
     bench_<family>.py has `OPS`, the names of its ops (without it they are found by running the generator), and
     `cases(quick, device)`, a generator: each case is measured before the next one is built, so only one case's data is
     alive at a time. Every callable takes no argument, has been given its data by closure, and
-    does the whole job each time (same inputs, same allocation rule on both sides).
+    does the whole job each time (same inputs, same allocation rule on both sides). What works in place goes on from its
+    last result instead, and is not quick: tests compare the results of quick cases.
     """
 
     op: str  # public name: "gmm_log_prob"
